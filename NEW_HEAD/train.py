@@ -1,0 +1,155 @@
+"""NEW_HEAD: a new classification head on a frozen pretrained Transformer (feature extraction).
+
+Trains: the head alone, for a BERT-type backbone its pooler and the classifier.
+Frozen: every Transformer block and the embeddings. They run without dropout, so a review comes out of them the
+        same in every epoch: ReviewTrainer sends it through once and trains the head on what came out.
+
+Run:   python NEW_HEAD/train.py
+Demo:  python NEW_HEAD/train.py --demo    (no network, no GPU, half a minute)
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import get_last_checkpoint
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))  # so that `common` is found wherever this is started from
+
+from common.cli import parse_config, processes, run
+from common.data import load_reviews, tokenize, training_sample
+from common.metrics import score, validation_scores
+from common.model import label_config, load_tokenizer, mixed_precision, trainable_state
+from common.preflight import preflight
+from common.report import report_results, run_record, start_seed
+from common.trainer import ReviewTrainer
+
+
+@dataclass
+class Config:
+    """The command line: `python NEW_HEAD/train.py --help`."""
+
+    model: str = HfArg(default="sentence-transformers/all-MiniLM-L6-v2", help="Backbone: a Hub id or a local folder.")
+    model_revision: str | None = HfArg(
+        default="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+        help="Commit, tag or branch of the backbone on the Hub; of another --model than the default, main.",
+    )
+    dataset: str = HfArg(
+        default="stanfordnlp/imdb",
+        help="Reviews: a Hub id, a folder with train and test files (.parquet, .csv, .tsv, .jsonl), "
+        "an extracted aclImdb folder, or aclImdb_v1.tar.gz.",
+    )
+    dataset_revision: str | None = HfArg(
+        default="e6281661ce1c48d982bc483cf8a173c1bbeb5d31",
+        help="Commit, tag or branch of the data set on the Hub; of another --dataset than the default, main.",
+    )
+    max_length: int = HfArg(default=512, help="Tokens per review; what is longer is cut off at the end.")
+    epochs: int = HfArg(default=5, help="Passes over the training reviews; validation chooses the best of them.")
+    batch_size: int = HfArg(default=128, help="Reviews per update of the weights, over all processes and steps.")
+    gradient_accumulation_steps: int = HfArg(
+        default=1, help="Steps that share one update: with 4, each holds a quarter of the batch in memory."
+    )
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One run for each: new weights, order, dropout.")
+    max_train_samples: int | None = HfArg(
+        default=None, help="Use a random, stratified subset of the training reviews, validation included."
+    )
+    max_test_samples: int | None = HfArg(default=None, help="Use a random, stratified subset of the test reviews.")
+    output_dir: str | None = HfArg(
+        default=None, help="Folder for checkpoints, models and, where given, the record. [runs/ beside the script]"
+    )
+    resume: bool = HfArg(default=False, help="Go on with an interrupted run of the same flags.")
+    report_to: str = HfArg(default="none", help="Experiment tracker that Trainer logs to, such as tensorboard.")
+    demo: bool = HfArg(default=False, help="Generated reviews and a tiny model: try the whole job out.")
+
+    # This method
+    learning_rate: float = HfArg(default=5e-3, help="Peak of the schedule. A head of two layers takes large steps.")
+
+
+def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str]]:
+    """The model, and the names of its newly initialised weights."""
+    from common.model import head_modules, switch_off_dropout
+
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        config.model,
+        revision=config.model_revision,
+        dtype=torch.float32,  # what trains stays in fp32; mixed precision computes in fewer bits
+        output_loading_info=True,
+        **labels,
+    )
+    model.requires_grad_(False)
+    switch_off_dropout(model.base_model)  # noise in features that cannot adapt to it only hurts
+    for name in head_modules(model):
+        model.get_submodule(name).requires_grad_(True)
+    return model, list(loading["missing_keys"])
+
+
+def train(config: Config, seed: int, tokenizer, data, classes: list[str]) -> dict:
+    """One run: train, choose the epoch on validation, test once. Returns its record."""
+    started = time.perf_counter()
+    folder, finished = start_seed(config, seed)
+    if finished:
+        return finished
+    set_seed(seed)  # before the model is built, which draws its new weights
+    model, new = build_model(config, label_config(classes, tokenizer))
+    precision = mixed_precision()
+    args = TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size // config.gradient_accumulation_steps // processes(),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,  # of all steps
+        weight_decay=0.01,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        eval_on_start=True,  # epoch 0 of the chart
+        eval_strategy="epoch",
+        per_device_eval_batch_size=4 * config.batch_size // config.gradient_accumulation_steps,
+        save_strategy="epoch",
+        save_total_limit=2,  # the best and the last
+        load_best_model_at_end=True,
+        metric_for_best_model="validation_accuracy",
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # it would make the host wait for the GPU in every step
+        report_to=config.report_to,
+    )
+    trainer = ReviewTrainer(
+        model=model,
+        args=args,
+        train_dataset=data["train"],
+        eval_dataset={"train": training_sample(data), "validation": data["validation"]},
+        processing_class=tokenizer,
+        compute_metrics=validation_scores,
+    )
+    preflight(config, trainer, new)
+    untrained = trainable_state(model)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if config.resume else None)
+    trainer.save_model(folder / "model")
+    test = score(trainer.predict(data["test"]))  # the first look at the test reviews: every choice is made
+    model.load_state_dict(untrained, strict=False)
+    untrained_test = score(trainer.predict(data["test"]))
+    return run_record(trainer, test, untrained_test, started)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run every seed, write the record and draw the charts. Returns the record."""
+    config = parse_config(Config, FOLDER, argv)
+    tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
+    reviews, fingerprint = load_reviews(
+        config.dataset, config.dataset_revision, config.max_train_samples, config.max_test_samples, config.seeds[0]
+    )
+    data = tokenize(reviews, tokenizer, config.max_length)
+    classes = reviews["train"].features["label"].names
+    runs = [train(config, seed, tokenizer, data, classes) for seed in config.seeds]
+    return report_results(FOLDER, config, data, fingerprint, runs)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""What the four training scripts share: data, metrics, plotting, records. No method lives here."""

@@ -1,0 +1,80 @@
+"""Command line: flags from a dataclass, checked before any long work; errors in one line."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+# What --demo changes beside --model and --dataset: as much as its short reviews and tiny model need.
+DEMO_SETTINGS = {"max_length": 64, "epochs": 5, "batch_size": 32, "learning_rate": 2e-3, "seeds": [0]}
+
+
+class UserError(Exception):
+    """Input that cannot be used. The message names the flag, its value and what would be accepted."""
+
+
+def parse_config(config_class: type, folder: Path, argv: list[str] | None = None):
+    """Parse and check the flags that the dataclass `config_class` declares.
+
+    `folder` is the script's own: `--output_dir` defaults to its `runs/`. With `--demo` the generated reviews and
+    model, and settings that suit them, become the defaults; flags given by hand still win.
+    Raises UserError for a value out of range; argparse exits for one of the wrong type.
+    """
+    from transformers import HfArgumentParser
+
+    if "LOCAL_RANK" not in os.environ:  # one process, one GPU; torchrun starts a process for each
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    parser = HfArgumentParser(config_class, description=sys.modules[config_class.__module__].__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    (config,) = parser.parse_args_into_dataclasses(argv)
+    check(config)
+    output_dir = config.output_dir or str(folder / "runs" / ("demo" if config.demo else ""))
+    if config.demo:
+        from common.demo import build_demo
+
+        model, data = build_demo(Path(output_dir) / "generated")
+        parser.set_defaults(**DEMO_SETTINGS, model=str(model), dataset=str(data))
+        (config,) = parser.parse_args_into_dataclasses(argv)
+        check(config)
+    config.output_dir = output_dir
+    for name in ("model", "dataset"):  # the default revision belongs to the default repository
+        revision = f"{name}_revision"
+        if getattr(config, name) != parser.get_default(name) and getattr(config, revision) == parser.get_default(
+            revision
+        ):
+            setattr(config, revision, None)
+    return config
+
+
+def processes() -> int:
+    """How many processes torchrun started, one per GPU; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check(config) -> None:
+    """Raise UserError for the first numeric field of `config` that is out of range."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(value) in (int, float) and not 0 < value < float("inf"):
+            raise UserError(f"--{field.name} {value}: must be greater than 0")
+    if not config.seeds or min(config.seeds) < 0 or len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, config.seeds))}: must be different integers from 0 up")
+    parts = config.gradient_accumulation_steps * processes()
+    if config.batch_size % parts:
+        raise UserError(
+            f"--batch_size {config.batch_size}: must be a multiple of {parts}, the accumulation steps times processes"
+        )
+
+
+def run(main: Callable[[], object]) -> None:
+    """Call `main`; end in one line, not a traceback, where the input was wrong or Ctrl-C was pressed."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command with --resume goes on after the last finished epoch.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,263 @@
+"""Reviews in, tokens out: the Hub, local files or the official archive; validation split; tokenisation.
+
+The default data set is the Large Movie Review Dataset (Maas et al., 2011, "Learning Word Vectors for Sentiment
+Analysis"): 25,000 training and 25,000 test reviews, half of them positive.
+"""
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from torch.utils.data import Subset
+
+from common.cli import UserError
+
+FILE_BUILDERS = {
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+}
+ACCEPTED = (
+    "a Hub id; a folder with train and test files (.parquet, .csv, .tsv, .jsonl); "
+    "an extracted aclImdb folder; aclImdb_v1.tar.gz"
+)
+OFFLINE = (
+    "The Hub cannot be reached, or does not have it, and it is not in the cache. Three ways out: fill the cache by "
+    "one run with a network; --model and --dataset with local files; --demo"
+)
+
+
+def load_reviews(
+    source: str,
+    revision: str | None = None,
+    max_train_samples: int | None = None,
+    max_test_samples: int | None = None,
+    seed: int = 0,
+) -> tuple[DatasetDict, str]:
+    """Splits "train", "validation" and "test" with columns `text` (str) and `label` (ClassLabel), and a fingerprint.
+
+    source: what `--dataset` takes (see ACCEPTED). max_*_samples: a random, stratified subset drawn with `seed`;
+    validation is split off what is left of the training reviews. The fingerprint is the SHA-256 of all the training
+    and test reviews, before any subset: the same for the same reviews, whatever their order or file format.
+    Raises UserError where the source cannot be read or used.
+    """
+    splits = _with_class_labels(_read(source, revision), source)
+    digests = {
+        name: [hashlib.sha256(text.encode()).digest() for text in rows["text"][:]] for name, rows in splits.items()
+    }
+    listing = sorted(
+        f"{name} {digest.hex()} {label}"
+        for name, rows in splits.items()
+        for digest, label in zip(digests[name], rows["label"][:], strict=True)
+    )
+    fingerprint = hashlib.sha256("\n".join(listing).encode()).hexdigest()
+
+    train_rows = stratified_rows(splits["train"]["label"][:], max_train_samples, seed)
+    held_out = np.array([in_validation(digests["train"][row]) for row in train_rows])
+    data = DatasetDict(
+        train=splits["train"].select(train_rows[~held_out]),
+        validation=splits["train"].select(train_rows[held_out]),
+        test=splits["test"].select(stratified_rows(splits["test"]["label"][:], max_test_samples, seed)),
+    )
+    for split, flag in [("train", "train"), ("validation", "train"), ("test", "test")]:
+        present = len(set(data[split]["label"][:]))
+        if present == 0 or (split == "train" and present < 2):
+            raise UserError(
+                f"--max_{flag}_samples {max_train_samples if flag == 'train' else max_test_samples}: leaves the "
+                f"{split} split {len(data[split])} reviews of {present} classes; at least 100 are a start"
+            )
+    return data, fingerprint
+
+
+def in_validation(digest: bytes) -> bool:
+    """Whether the review with this SHA-256 belongs to the tenth of the training reviews held out for validation.
+
+    By the text alone: the same reviews whatever the source or the order of its rows, and all copies of a review
+    on the same side.
+    """
+    return int.from_bytes(digest[:8], "big") % 10 == 0
+
+
+def stratified_rows(labels: list[int], size: int | None, seed: int) -> np.ndarray:
+    """Sorted row numbers of a random subset of `size` rows with every class in proportion; None keeps all rows."""
+    labels = np.asarray(labels)
+    if size is None or size >= len(labels):
+        return np.arange(len(labels))
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    # A row's place within its class, as a share of the class: the smallest shares take evenly from every class.
+    share = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        share[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.sort(shuffled[np.argsort(share[shuffled], kind="stable")[:size]])
+
+
+def clean(text: str) -> str:
+    """`text` without IMDb's HTML line breaks."""
+    return text.replace("<br />", " ")
+
+
+def tokenize(data: DatasetDict, tokenizer, max_length: int) -> DatasetDict:
+    """Columns `input_ids` (at most `max_length`, special tokens included), `labels`, and `truncated` (bool).
+
+    Cached by `datasets` for this tokenizer, these reviews and this length.
+    """
+    tokens = DatasetDict()
+    for split, rows in data.items():
+        # Truncation is part of the tokenizer's state, and so of the cache's key: the same state before every split.
+        tokenizer("", truncation=True, max_length=max_length)
+        tokens[split] = rows.map(
+            _encode,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
+            remove_columns=rows.column_names,
+            num_proc=min(os.cpu_count(), 8) if len(rows) > 5000 else None,
+            desc=f"Tokenising {split}",
+        )
+    return tokens
+
+
+def _encode(batch: dict, tokenizer, max_length: int) -> dict:
+    texts = [clean(text) for text in batch["text"]]
+    input_ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    # A full row was cut only if one more token would have been taken.
+    full = [row for row, ids in enumerate(input_ids) if len(ids) == max_length]
+    longer = (
+        tokenizer([texts[row] for row in full], truncation=True, max_length=max_length + 1)["input_ids"]
+        if full
+        else []
+    )
+    cut = {row for row, ids in zip(full, longer, strict=True) if len(ids) > max_length}
+    return {"input_ids": input_ids, "labels": batch["label"], "truncated": [row in cut for row in range(len(texts))]}
+
+
+def training_sample(data: DatasetDict) -> Subset:
+    """As many training reviews as validation has, always the same: training accuracy is measured on them, in
+    evaluation mode, so that the two are measured alike."""
+    labels = data["train"]["labels"][:]
+    return Subset(data["train"], stratified_rows(labels, len(data["validation"]), seed=0))
+
+
+def _read(source: str, revision: str | None) -> dict[str, Dataset]:
+    """The "train" and "test" splits of `source`, as they are there."""
+    path = Path(source).expanduser()
+    try:
+        if _is_acl_imdb(path):
+            return {split: _read_acl_imdb(path, split) for split in ("train", "test")}
+        if path.is_dir():
+            return _read_files(path)
+        if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise UserError(f"--dataset {source}: no such folder or archive; accepted: {ACCEPTED}")
+        splits = load_dataset(source, revision=revision)
+    except (DatasetGenerationError, UnicodeDecodeError, tarfile.TarError, EOFError) as error:
+        raise UserError(f"--dataset {source}: cannot be read ({error.__cause__ or error})") from error
+    except (ConnectionError, OSError) as error:
+        raise UserError(f"--dataset {source}: {OFFLINE}") from error
+    missing = {"train", "test"} - set(splits)
+    if missing:
+        raise UserError(f"--dataset {source}: has no {missing.pop()} split; it has: {', '.join(splits)}")
+    return {split: splits[split] for split in ("train", "test")}
+
+
+def _read_files(folder: Path) -> dict[str, Dataset]:
+    files = {}
+    for split in ("train", "test"):
+        found = sorted(file for file in folder.glob(f"{split}.*") if file.suffix in FILE_BUILDERS)
+        if len(found) != 1:
+            raise UserError(
+                f"--dataset {folder}: needs one {split} file, {split}.parquet, .csv, .tsv or .jsonl; "
+                f"found {', '.join(file.name for file in found) or 'none'}"
+            )
+        files[split] = found[0]
+    splits = {}
+    for split, file in files.items():
+        if not file.stat().st_size:
+            raise UserError(f"--dataset {folder}: {file.name} is empty")
+        builder, options = FILE_BUILDERS[file.suffix]
+        splits[split] = load_dataset(builder, data_files=str(file), split="train", **options)
+    return splits
+
+
+def _is_acl_imdb(path: Path) -> bool:
+    """Whether `path` is the official aclImdb archive or its extracted folder."""
+    return (path / "train" / "pos").is_dir() or (path.is_file() and tarfile.is_tarfile(path))
+
+
+def _read_acl_imdb(path: Path, split: str) -> Dataset:
+    return Dataset.from_generator(
+        _acl_imdb_rows,
+        features=Features(text=Value("string"), label=ClassLabel(names=["neg", "pos"])),
+        # The time of the last change is part of the cache's key.
+        gen_kwargs={"path": str(path.resolve()), "split": split, "changed": path.stat().st_mtime_ns},
+    )
+
+
+def _acl_imdb_rows(path: str, split: str, changed: int) -> Iterator[dict]:
+    """Rows of <path>/<split>/{neg,pos}/*.txt, in a folder or, read in place, in the archive."""
+    if Path(path).is_dir():
+        for name in ("neg", "pos"):
+            for file in sorted(Path(path, split, name).glob("*.txt")):
+                yield {"text": file.read_text(encoding="utf-8"), "label": name}
+        return
+    with tarfile.open(path) as archive:
+        for member in archive:
+            parts = PurePosixPath(member.name).parts  # aclImdb/train/pos/0_9.txt
+            if parts[-3:-2] == (split,) and parts[-2] in ("neg", "pos") and member.isfile():
+                yield {"text": archive.extractfile(member).read().decode(), "label": parts[-2]}
+
+
+def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dataset]:
+    """The two splits, checked, with columns `text` and `label` only and the same ClassLabel in both."""
+    for split, rows in splits.items():
+        for column in ("text", "label"):
+            if column not in rows.column_names:
+                raise UserError(
+                    f"--dataset {source}: the {split} split has no column `{column}`; "
+                    f"it has: {', '.join(rows.column_names)}"
+                )
+        if not len(rows):
+            raise UserError(f"--dataset {source}: the {split} split is empty")
+        for column in ("text", "label"):
+            if None in rows[column][:]:
+                row = rows[column][:].index(None)
+                raise UserError(f"--dataset {source}: row {row} of the {split} split has no {column}")
+        if not isinstance(rows[0]["text"], str):
+            raise UserError(f"--dataset {source}: column `text` of the {split} split is not text")
+        if not isinstance(rows[0]["label"], (int, str)):
+            raise UserError(f"--dataset {source}: column `label` of the {split} split is neither integers nor text")
+
+    classes = sorted(set(splits["train"]["label"][:]))
+    if len(classes) < 2:
+        raise UserError(f"--dataset {source}: the train split has one class only, {classes[0]!r}; needs two or more")
+    unseen = set(splits["test"]["label"][:]) - set(classes)
+    if unseen:
+        raise UserError(
+            f"--dataset {source}: label {unseen.pop()!r} of the test split is not in the train split, "
+            f"which has: {', '.join(map(repr, classes))}"
+        )
+    feature = splits["train"].features["label"]
+    names = [feature.int2str(label) if isinstance(feature, ClassLabel) else str(label) for label in classes]
+    if names in (["neg", "pos"], ["0", "1"]):
+        names = ["negative", "positive"]
+    index = {label: number for number, label in enumerate(classes)}
+    return {
+        split: rows.select_columns(["text", "label"]).map(
+            _renumber,
+            batched=True,
+            fn_kwargs={"index": index},
+            features=Features(text=Value("string"), label=ClassLabel(names=names)),
+            desc=f"Reading the labels of {split}",
+        )
+        for split, rows in splits.items()
+    }
+
+
+def _renumber(batch: dict, index: dict) -> dict:
+    return {"label": [index[label] for label in batch["label"]]}

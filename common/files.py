@@ -1,0 +1,33 @@
+"""Files that appear whole or not at all, and names of files fit to publish."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; it becomes `path` on success and is deleted on failure."""
+    path = Path(path)
+    # Beside the target, because a rename is atomic only within one file system; and with the target's
+    # suffix, because writers such as savefig choose their format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(content: dict, path: Path) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def shown(name: str) -> str:
+    """`name` as others may read it: of a path on this machine, its last part."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name

@@ -1,0 +1,143 @@
+"""The parts of a pretrained classifier, found by its structure: head, blocks, precision, preflight."""
+
+import os
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.cli import UserError
+from common.data import OFFLINE
+
+
+def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrainedTokenizerBase:
+    """The backbone's tokenizer, with a padding token.
+
+    Raises UserError where the backbone cannot be found, or takes fewer than `max_length` tokens.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name}: {str(error).splitlines()[0]} {OFFLINE}") from error
+    if config.is_encoder_decoder:
+        raise UserError(f"--model {name}: {config.model_type} is an encoder-decoder; needs an encoder or a decoder")
+    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))
+    shortest = tokenizer.num_special_tokens_to_add() + 1
+    if not shortest <= max_length <= longest:
+        raise UserError(f"--max_length {max_length}: {name} takes {shortest} to {longest} tokens")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders come without one; the mask tells them apart
+    return tokenizer
+
+
+def label_config(classes: list[str], tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Keyword arguments that give `from_pretrained` its labels' names, and the padding token a decoder pools by."""
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: number for number, name in enumerate(classes)},
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def mixed_precision() -> str:
+    """ "bf16" where the GPU computes in it, else "fp16" on a GPU, else "fp32"."""
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def compute_dtype() -> torch.dtype:
+    """The type of `mixed_precision`."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[mixed_precision()]
+
+
+def local_device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def transformer_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the backbone's Transformer blocks, first to last: as many as its config has hidden layers.
+
+    Raises UserError where the architecture has no such list (ALBERT shares one block, for example).
+    """
+    depth = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name, module
+    raise UserError(
+        f"--model: no list of {depth} Transformer blocks was found in {type(model).__name__}; "
+        "needs an architecture that keeps its blocks apart"
+    )
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that turn the last hidden states into logits, in order.
+
+    They are the parts with weights outside the backbone, and before them the backbone's pooler, where it has one:
+    the part with a linear layer that comes after the blocks. Works on the meta device.
+    Raises UserError where there is no head.
+    """
+    prefix = model.base_model_prefix
+    parts = list(getattr(model, prefix, nn.Module()).named_children())
+    stacks = [index for index, (_, part) in enumerate(parts) if _contains(part, nn.ModuleList)]
+    if not stacks:
+        raise UserError(f"--model: no Transformer blocks were found in {type(model).__name__}")
+    poolers = [f"{prefix}.{name}" for name, part in parts[stacks[0] + 1 :] if _contains(part, nn.Linear)]
+    outside = [
+        name for name, part in model.named_children() if name != prefix and any(True for _ in part.parameters())
+    ]
+    if not outside:
+        raise UserError(f"--model: no classification head was found in {type(model).__name__}")
+    return poolers + outside
+
+
+def _contains(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(part, kind) for part in module.modules())
+
+
+def attention_projections(model: PreTrainedModel) -> list[str]:
+    """Names that the query and value projections end in, by PEFT's own mapping of architectures.
+
+    Raises UserError for an architecture that PEFT does not know.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    if model.config.model_type not in KNOWN:
+        raise UserError(
+            f"--model: PEFT does not say which layers of {model.config.model_type} are the query and value "
+            f"projections; it knows {', '.join(sorted(KNOWN))}"
+        )
+    return list(KNOWN[model.config.model_type])
+
+
+def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) -> None:
+    """Make frozen parts give the same output in training as in evaluation: Trainer puts all in training mode."""
+    kept = set(except_in.modules()) if except_in is not None else set()
+    for part in module.modules():
+        if isinstance(part, nn.Dropout) and part not in kept:
+            part.p = 0.0
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the weights that train, by name."""
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters as deployed: PEFT's frozen originals of saved modules do not count, and 4-bit
+    weights count as the parameters they stand for."""
+    trainable = total = 0
+    for name, weight in model.named_parameters():
+        if "original_module." in name:
+            continue
+        state = getattr(weight, "quant_state", None)
+        count = state.shape.numel() if state is not None else weight.numel()
+        total += count
+        trainable += count if weight.requires_grad else 0
+    return trainable, total

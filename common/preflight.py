@@ -1,0 +1,67 @@
+"""The last look before training: what trains, what is frozen, what is quantized; stops where it cannot work."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from common.cli import UserError
+from common.files import shown
+from common.model import count_parameters
+from common.trainer import ReviewTrainer
+
+
+def preflight(config, trainer: ReviewTrainer, new: list[str]) -> None:
+    """Print what is about to be trained, on what and how. Raises UserError as `check_trainable` does."""
+    model, args = trainer.model, trainer.args
+    check_trainable(model, new)
+    trainable, total = count_parameters(model)
+    parts = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in trained_parts(model))
+    quantized = sum(hasattr(weight, "quant_state") for weight in model.parameters())
+    truncated = trainer.train_dataset["truncated"][:]
+    lines = {
+        "Backbone": f"{shown(config.model)}, revision {config.model_revision or 'as found'}",
+        "Trains": f"{', '.join(parts)}: {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)",
+        "Frozen": f"{total - trainable:,} parameters",
+        "Quantized": f"{quantized} matrices, to 4 bits" if quantized else "nothing",
+        "Reviews": f"{len(truncated):,} to train on, {100 * sum(truncated) / len(truncated):.1f}% of them cut to "
+        f"{config.max_length} tokens; {trainer.padding_percent():.1f}% of the tokens are padding",
+        "Device": f"{args.device.type} in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}, "
+        f"processes: {args.world_size}, seed: {args.seed}",
+    }
+    if quantized and args.device.type == "cpu":
+        lines["Warning"] = "4-bit weights are slow on a CPU: good for trying out, no more"
+    if trainer.is_world_process_zero():
+        print(*(f"{title + ':':<11}{text}" for title, text in lines.items()), sep="\n")
+
+
+def trained_parts(module: nn.Module, name: str = "") -> Iterator[str]:
+    """Names of the largest modules in which every weight trains."""
+    weights = list(module.parameters())
+    if weights and all(weight.requires_grad for weight in weights):
+        yield name
+        return
+    for child_name, child in module.named_children():
+        yield from trained_parts(child, f"{name}.{child_name}".lstrip("."))
+
+
+def check_trainable(model: nn.Module, new: list[str]) -> None:
+    """Raise UserError where a newly initialised weight is frozen or quantized, or one would train in few bits.
+
+    new: the missing keys of the load, names in the model as loaded.
+    """
+    # PEFT trains a copy of a saved module: "classifier.weight" is in "...classifier.modules_to_save.default.weight".
+    weights = {
+        name.replace("modules_to_save.default.", "").removeprefix("base_model.model."): weight
+        for name, weight in model.named_parameters()
+    }
+    for name in new:
+        weight = weights.get(name)
+        if hasattr(weight, "quant_state"):
+            raise UserError(f"--model: {name} is newly initialised and was quantized; it could not train")
+        if weight is None or not weight.requires_grad:
+            raise UserError(f"--model: {name} is newly initialised, but would not train")
+    for name, weight in weights.items():
+        if weight.requires_grad and weight.dtype != torch.float32:
+            raise UserError(f"--model: {name} would train in {weight.dtype}; what trains belongs in float32")

@@ -1,0 +1,204 @@
+"""Trainer, fed with padded batches that already are on the device.
+
+On one H200 the stock data path limits small backbones: LoRA on MiniLM with eight loader workers trains at 4,130
+reviews per second, with batches cut from tokens that stay on the GPU at 5,528 (same Trainer, same batches).
+"""
+
+import math
+import time
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset
+from transformers import ProgressCallback, Trainer
+from transformers.utils import logging
+
+from common.frozen import FrozenBlocks
+from common.metrics import EpochProgress, synchronize
+
+
+class ReviewTensors(Dataset):
+    """Tokenised reviews on `device`; a list of rows gives one padded batch, with no copy from the host's memory.
+
+    reviews: columns `input_ids` (lists of tokens), `labels` (int). A batch has `input_ids` and `attention_mask` of
+    shape (rows, longest of them) and `labels` of shape (rows,).
+    """
+
+    def __init__(self, reviews: datasets.Dataset, pad_token_id: int, device: torch.device):
+        columns = reviews.with_format("arrow")[:]
+        tokens = columns["input_ids"].combine_chunks()
+        self.lengths = tokens.value_lengths().to_numpy(zero_copy_only=False)
+        padded = np.full((len(self.lengths), self.lengths.max()), pad_token_id, dtype=np.int32)
+        padded[np.arange(padded.shape[1]) < self.lengths[:, None]] = tokens.flatten()
+        self.input_ids = torch.from_numpy(padded).to(device)
+        self.token_counts = torch.tensor(self.lengths, device=device)
+        self.labels = torch.tensor(columns["labels"].to_numpy(), device=device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        width = int(self.lengths[rows].max())  # known on the host: nothing here waits for the device
+        index = torch.tensor(rows).to(self.labels.device, non_blocking=True)
+        places = torch.arange(width, device=index.device)
+        return {
+            "input_ids": self.input_ids[:, :width][index].long(),
+            "attention_mask": (places < self.token_counts[index].unsqueeze(1)).long(),
+            "labels": self.labels[index],
+        }
+
+
+class StoredOutputs(Dataset):
+    """What frozen blocks gave for each review at the one token that the head reads.
+
+    outputs: (reviews, hidden size). A batch has them as `stored`, and one token per review in place of its text.
+    """
+
+    def __init__(self, reviews: ReviewTensors, outputs: torch.Tensor):
+        self.reviews, self.outputs = reviews, outputs
+        self.lengths = np.ones_like(reviews.lengths)
+
+    def __len__(self) -> int:
+        return len(self.reviews)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        index = torch.tensor(rows).to(self.outputs.device, non_blocking=True)
+        first = self.reviews.input_ids[index, :1].long()
+        return {
+            "input_ids": first,
+            "attention_mask": torch.ones_like(first),
+            "labels": self.reviews.labels[index],
+            "stored": self.outputs[index],
+        }
+
+
+class LengthGroupedBatches(Sampler):
+    """Rows of every batch of an epoch: reviews of similar length together, in an order drawn from (seed, epoch).
+
+    lengths: tokens per review. Every global batch, of at most `batch_size` reviews, is dealt out to `steps`
+    accumulation steps and in each of them to `processes` processes; this one takes the share of `process`.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, steps=1, process=0, processes=1):
+        self.lengths, self.seed, self.epoch = lengths, seed, 0
+        self.updates = math.ceil(len(lengths) / batch_size)
+        self.steps, self.process, self.processes = steps, process, processes
+
+    def __len__(self) -> int:
+        return self.updates * self.steps
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        random = np.random.default_rng((self.seed, self.epoch))
+        # A few tokens of noise give a review other neighbours in every epoch, for about 1% of padding.
+        by_length = np.argsort(self.lengths + random.uniform(0, 8, len(self.lengths)))
+        batches = np.array_split(by_length, self.updates)
+        for update in random.permutation(self.updates):
+            for part in np.array_split(random.permutation(batches[update]), self.steps):
+                yield np.array_split(part, self.processes)[self.process].tolist()
+
+
+class ReviewTrainer(Trainer):
+    """Trainer for tokenised reviews: data sets with columns `input_ids` and `labels`, or a `Subset` of one.
+
+    Where no Transformer block trains, every review goes through the blocks once, and the head then trains on what
+    came out: the same numbers as doing it in every epoch, given that the frozen blocks run without dropout.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_loss_func=mean_cross_entropy, **kwargs)
+        self.on_device = {}  # by fingerprint of the data set
+        self.remove_callback(ProgressCallback)
+        self.add_callback(EpochProgress)
+        self.stored_seconds = 0.0  # of the training reviews' one pass through frozen blocks
+        self.frozen_blocks = FrozenBlocks.of(self.model)
+
+    def batches_of(self, reviews: datasets.Dataset) -> Dataset:
+        """The reviews on the device; where the blocks are frozen, what the blocks make of them."""
+        key = reviews._fingerprint
+        if key not in self.on_device:
+            tensors = ReviewTensors(reviews, self.processing_class.pad_token_id, self.args.device)
+            self.on_device[key] = self.run_blocks(tensors) if self.frozen_blocks else tensors
+        return self.on_device[key]
+
+    def training_batches(self) -> LengthGroupedBatches:
+        args = self.args
+        return LengthGroupedBatches(
+            self.batches_of(self.train_dataset).lengths,
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            args.seed,
+            args.gradient_accumulation_steps,
+            args.process_index,
+            args.world_size,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        synchronize()
+        start = time.perf_counter()
+        batches, sampler = self.batches_of(self.train_dataset), self.training_batches()
+        synchronize()
+        if isinstance(batches, StoredOutputs):
+            self.stored_seconds = time.perf_counter() - start
+        loader = DataLoader(batches, batch_sampler=sampler, collate_fn=as_it_is)
+        loader.set_epoch = sampler.set_epoch  # Trainer calls it before every epoch, also when it resumes
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        reviews = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        if not isinstance(reviews, Subset):
+            reviews = Subset(reviews, range(len(reviews)))
+        batches = Subset(self.batches_of(reviews.dataset), reviews.indices)
+        longest_first = np.argsort(-batches.dataset.lengths[batches.indices], kind="stable").tolist()
+        sampler = BatchSampler(longest_first, self.args.eval_batch_size, drop_last=False)
+        return self.accelerator.prepare(DataLoader(batches, batch_sampler=sampler, collate_fn=as_it_is))
+
+    get_test_dataloader = get_eval_dataloader
+
+    def compute_loss(self, model, inputs, **kwargs):
+        stored = inputs.pop("stored", None)
+        if stored is None:
+            return super().compute_loss(model, inputs, **kwargs)
+        with self.frozen_blocks.replaced_by(stored):
+            return super().compute_loss(model, inputs, **kwargs)
+
+    def run_blocks(self, tensors: ReviewTensors) -> StoredOutputs:
+        """Send every review through the frozen blocks once."""
+        self.model.eval()
+        outputs = torch.empty(len(tensors), self.model.config.hidden_size, device=self.args.device)
+        longest_first = np.argsort(-tensors.lengths, kind="stable")
+        size = self.args.eval_batch_size
+        for start in logging.tqdm(range(0, len(tensors), size), desc="Frozen blocks, once"):
+            rows = longest_first[start : start + size].tolist()
+            with self.accelerator.autocast():
+                outputs[rows] = self.frozen_blocks.outputs(tensors.__getitems__(rows))
+        return StoredOutputs(tensors, outputs)
+
+    def padding_percent(self) -> float:
+        """Share of the tokens in the batches of the first epoch, or of the one pass where blocks are stored."""
+        batches = self.batches_of(self.train_dataset)
+        if isinstance(batches, StoredOutputs):
+            lengths = np.sort(batches.reviews.lengths)
+            shapes = [
+                lengths[i : i + self.args.eval_batch_size] for i in range(0, len(lengths), self.args.eval_batch_size)
+            ]
+        else:
+            shapes = [batches.lengths[rows] for rows in self.training_batches()]
+        return 100 * (1 - sum(s.sum() for s in shapes) / sum(s.max() * len(s) for s in shapes))
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # Trainer's own count walks over all weights in every step
+
+
+def mean_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Mean over the global batch: classifiers' own loss is a mean per step, wrong under gradient accumulation."""
+    loss = nn.functional.cross_entropy(outputs["logits"].float(), labels, reduction="sum")
+    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def as_it_is(batch):
+    """`ReviewTensors` gives whole batches; module level so that it can be pickled."""
+    return batch
