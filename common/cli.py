@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-
 # What --demo changes beside --model and --dataset: as much as its short reviews and tiny model need.
 DEMO_SETTINGS = {"max_length": 64, "epochs": 5, "batch_size": 32, "learning_rate": 2e-3, "seeds": [0]}
 

@@ -124,6 +124,14 @@ def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) ->
             part.p = 0.0
 
 
+def keep_trainable_after_evaluation(model: nn.Module) -> None:
+    """Let 4-bit layers train on a CPU with AVX512-BF16, where bitsandbytes (0.50) repacks their weights at the first
+    evaluation into a form that has no backward pass."""
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
+
+
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the weights that train, by name."""
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
