@@ -1,6 +1,7 @@
 """The parts of a pretrained classifier, found by its structure: head, blocks, precision, preflight."""
 
 import os
+import re
 
 import torch
 from torch import nn
@@ -102,18 +103,24 @@ def _contains(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def attention_projections(model: PreTrainedModel) -> list[str]:
-    """Names that the query and value projections end in, by PEFT's own mapping of architectures.
+    """Names that the query and value projections end in: from PEFT's own mapping of architectures, or for one that it
+    lacks (DistilBERT, for example) the linear layers of every block whose names begin with q and v.
 
-    Raises UserError for an architecture that PEFT does not know.
+    Raises UserError where neither finds them.
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    if model.config.model_type not in KNOWN:
+    if model.config.model_type in KNOWN:
+        return list(KNOWN[model.config.model_type])
+    _, blocks = transformer_blocks(model)
+    linear = [name.split(".")[-1] for name, part in blocks[0].named_modules() if isinstance(part, nn.Linear)]
+    names = sorted(name for name in linear if re.fullmatch(r"(q|query|v|value)(_\w+)?", name))
+    if [name[0] for name in names] != ["q", "v"]:
         raise UserError(
-            f"--model: PEFT does not say which layers of {model.config.model_type} are the query and value "
-            f"projections; it knows {', '.join(sorted(KNOWN))}"
+            f"--model: no query and value projections were found in {type(model).__name__}; "
+            f"PEFT knows those of {', '.join(sorted(KNOWN))}"
         )
-    return list(KNOWN[model.config.model_type])
+    return names
 
 
 def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) -> None:

@@ -79,6 +79,18 @@ def test_reviews_look_like_reviews(rows):
         assert 8 <= len(text.split()) <= 40
         assert 1 <= text.count(".") <= 4
         assert re.fullmatch(r"[A-Z][^{}]*\.", text), text
+        assert not re.search(r"the (\w+) .*\bthe \1 (is|saves|ruins)", text, re.IGNORECASE), text
+
+
+def test_the_word_after_but_decides(rows):
+    last_words = {"saves": 1, "good": 1, "brilliant": 1, "ruins": 0, "bad": 0, "dull": 0}
+    labels = [
+        (row["label"], last_words[word])
+        for row in rows["train"] + rows["test"]
+        for word in re.findall(r", but [^.]* (\w+)(?: it)?\.", row["text"])
+        if word in last_words
+    ]
+    assert len(labels) > 50 and all(label == expected for label, expected in labels)
 
 
 @pytest.mark.parametrize("phrase", [" not .* at all", " never ", ", but ", " than the ", "<br /><br />"])
