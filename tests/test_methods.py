@@ -2,11 +2,20 @@
 
 import importlib
 
+import bitsandbytes
 import pytest
 import torch
 from conftest import ARCHITECTURES, configure
 from peft import get_peft_model_state_dict
-from transformers import AutoModel, AutoTokenizer, BertConfig, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    TrainingArguments,
+    set_seed,
+)
 
 from common.cli import UserError
 from common.data import load_reviews, tokenize
@@ -103,7 +112,7 @@ def test_trains_what_it_says_and_nothing_else(method, architecture, backbones, t
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_trap_1_the_backbone_is_in_4_bits_and_the_head_is_not(architecture, backbones):
     model, _ = build(import_method("PEFT_QLORA"), backbones[architecture])
-    quantized = [name for name, part in model.named_modules() if type(part).__name__ == "Linear4bit"]
+    quantized = [name for name, part in model.named_modules() if isinstance(part, bitsandbytes.nn.Linear4bit)]
     assert quantized
     assert not [name for name in quantized if any(f".{head}" in f".{name}" for head in HEADS[architecture])]
     linear = [name for name, part in model.named_modules() if type(part) is torch.nn.Linear and "lora_" not in name]
@@ -171,13 +180,15 @@ def test_trap_7_precision_follows_the_gpu(gpu, bf16, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     assert mixed_precision() == precision
-    assert str(compute_dtype()) == {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}[precision]
+    assert (
+        str(compute_dtype()) == {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}[precision]
+    )
 
 
 def test_trap_7_4_bit_layers_compute_in_that_type(backbones, monkeypatch):
     monkeypatch.setattr("common.model.mixed_precision", lambda: "bf16")
     model, _ = build(import_method("PEFT_QLORA"), backbones["bert"])
-    types = {part.compute_dtype for part in model.modules() if type(part).__name__ == "Linear4bit"}
+    types = {part.compute_dtype for part in model.modules() if isinstance(part, bitsandbytes.nn.Linear4bit)}
     assert types == {torch.bfloat16}
 
 
@@ -233,10 +244,8 @@ def test_an_evaluation_does_not_keep_4_bit_layers_from_training(backbones):
     ],
 )
 def test_an_architecture_that_a_method_cannot_serve(name, config, missing, tmp_path, demo):
-    from transformers import AutoConfig
-
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "embedding_size": 32}
-    shape = AutoConfig.for_model(**sizes | config, vocab_size=100)
+    shape = AutoConfig.for_model(**sizes | config, vocab_size=100, pad_token_id=0)
     AutoModel.from_config(shape).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(demo[0]).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=missing):
@@ -245,8 +254,6 @@ def test_an_architecture_that_a_method_cannot_serve(name, config, missing, tmp_p
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_head_is_found_by_structure(architecture, backbones):
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(backbones[architecture]))
     assert head_modules(model) == HEADS[architecture]

@@ -1,0 +1,181 @@
+"""The data path and the stored outputs of frozen blocks give what the plain way gives."""
+
+import importlib
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, configure
+from torch.utils.data import Subset
+from transformers import AutoTokenizer, TrainingArguments, set_seed
+
+from common.data import load_reviews, tokenize, training_sample
+from common.frozen import FrozenBlocks
+from common.metrics import validation_scores
+from common.model import label_config, trainable_state
+from common.trainer import LengthGroupedBatches, ReviewTensors, ReviewTrainer
+
+
+@pytest.fixture(scope="module")
+def tokens(demo):
+    reviews, _ = load_reviews(str(demo[1]), max_train_samples=200, max_test_samples=40)
+    return tokenize(reviews, AutoTokenizer.from_pretrained(demo[0]), 48)
+
+
+def make_trainer(name, backbone, folder, tokens, **changes):
+    method, tokenizer = importlib.import_module(f"{name}.train"), AutoTokenizer.from_pretrained(backbone)
+    set_seed(0)
+    labels = label_config(["negative", "positive"], tokenizer)
+    model, _ = method.build_model(configure(method, backbone), labels)
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "seed": 0}
+    return ReviewTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder), report_to="none", save_strategy="no", logging_strategy="no", **settings | changes
+        ),
+        train_dataset=tokens["train"],
+        eval_dataset={"train": training_sample(tokens), "validation": tokens["validation"]},
+        processing_class=tokenizer,
+        compute_metrics=validation_scores,
+    )
+
+
+def test_batches_hold_the_reviews_and_nothing_else(tokens):
+    batches = ReviewTensors(tokens["train"], 0, torch.device("cpu"))
+    rows = [7, 3, 50]
+    batch = batches.__getitems__(rows)
+    assert batch["input_ids"].shape == (3, max(len(tokens["train"][row]["input_ids"]) for row in rows))
+    for place, row in enumerate(rows):
+        mask = batch["attention_mask"][place].bool()
+        assert batch["input_ids"][place][mask].tolist() == tokens["train"][row]["input_ids"]
+        assert not batch["input_ids"][place][~mask].any()
+        assert batch["labels"][place] == tokens["train"][row]["labels"]
+
+
+def test_every_review_trains_once_per_epoch_in_a_new_order():
+    lengths = np.random.default_rng(0).integers(20, 513, 1000)
+    sampler = LengthGroupedBatches(lengths, batch_size=64, seed=0)
+    epochs = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert len(epochs[-1]) == len(sampler) == 16
+        assert sorted(chain(*epochs[-1])) == list(range(1000))
+        assert max(map(len, epochs[-1])) <= 64
+    assert {frozenset(batch) for batch in epochs[0]} != {frozenset(batch) for batch in epochs[1]}
+    first_lengths = [lengths[batch].mean() for batch in epochs[0]]
+    assert first_lengths != sorted(first_lengths)
+    sampler.set_epoch(0)
+    assert list(sampler) == epochs[0]
+    assert list(LengthGroupedBatches(lengths, 64, seed=1)) != epochs[0]
+
+
+def test_padding_stays_under_3_percent_for_lengths_like_imdbs():
+    lengths = np.minimum(np.random.default_rng(0).lognormal(5.4, 0.65, 22_500), 512).astype(int)
+    batches = [lengths[rows] for rows in LengthGroupedBatches(lengths, 128, seed=0)]
+    assert 1 - sum(batch.sum() for batch in batches) / sum(batch.max() * len(batch) for batch in batches) < 0.03
+
+
+def test_processes_and_accumulation_steps_share_the_same_global_batches():
+    lengths = np.random.default_rng(0).integers(20, 513, 500)
+    whole = list(LengthGroupedBatches(lengths, 64, seed=0))
+    parts = [list(LengthGroupedBatches(lengths, 64, 0, 2, process, 4)) for process in range(4)]
+    for update, batch in enumerate(whole):
+        dealt = [part[2 * update + step] for part in parts for step in range(2)]
+        assert sorted(chain(*dealt)) == sorted(batch)
+        assert min(map(len, dealt)) >= 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stored_outputs_give_the_models_own_logits(architecture, backbones, tokens, tmp_path):
+    trainer = make_trainer("NEW_HEAD", backbones[architecture], tmp_path, tokens)
+    prediction = trainer.predict(tokens["test"])
+    assert trainer.frozen_blocks is not None
+    order = np.argsort([-len(ids) for ids in tokens["test"]["input_ids"]], kind="stable")
+    batches = ReviewTensors(tokens["test"], 0, torch.device("cpu"))
+    with torch.no_grad():
+        for place, row in enumerate(order.tolist()):
+            batch = batches.__getitems__([row])
+            logits = trainer.model.eval()(input_ids=batch["input_ids"]).logits[0]
+            # Outputs are stored once for all epochs: by the place of the review, whatever the order.
+            stored = trainer.batches_of(tokens["test"]).outputs[row]
+            assert torch.equal(stored, trainer.batches_of(tokens["test"]).__getitems__([row])["stored"][0])
+            if place < 5:
+                assert prediction.label_ids.shape == (40,)
+                with trainer.frozen_blocks.replaced_by(stored.unsqueeze(0)):
+                    alone = trainer.model(input_ids=batch["input_ids"][:, :1]).logits[0]
+                torch.testing.assert_close(alone, logits, rtol=1e-3, atol=1e-4)
+
+
+def test_each_review_passes_the_frozen_blocks_once(backbones, tokens, tmp_path):
+    trainer = make_trainer("NEW_HEAD", backbones["bert"], tmp_path, tokens, eval_on_start=True, eval_strategy="epoch")
+    rows = []
+    trainer.model.bert.encoder.layer[-1].register_forward_hook(lambda block, inputs, output: rows.append(len(output)))
+    trainer.train()
+    trainer.predict(tokens["test"])
+    trainer.predict(tokens["test"])
+    assert sum(rows) == len(tokens["train"]) + len(tokens["validation"]) + len(tokens["test"])
+    assert len(trainer.model.bert.encoder.layer) == 2
+
+
+def test_training_on_stored_outputs_is_training_the_frozen_model(backbones, tokens, tmp_path):
+    states = []
+    for stored in (True, False):
+        trainer = make_trainer("NEW_HEAD", backbones["bert"], tmp_path, tokens)
+        trainer.model.dropout.p = 0.0  # the head's own, drawn in another order
+        if not stored:
+            trainer.frozen_blocks = None
+        batches = trainer.batches_of(tokens["train"])
+        batches.lengths = ReviewTensors(tokens["train"], 0, torch.device("cpu")).lengths  # the same order in both
+        trainer.train()
+        states.append(trainable_state(trainer.model))
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_that_reads_every_token_is_not_stored(backbones):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(backbones["bert"]).requires_grad_(False)
+    assert FrozenBlocks.of(model) is not None
+    model.bert.pooler.forward = lambda hidden: hidden.mean(dim=1)
+    assert FrozenBlocks.of(model) is None
+
+
+@pytest.mark.parametrize("name", ["LAST_LAYER", "PEFT_LORA", "PEFT_QLORA"])
+def test_blocks_that_train_are_not_stored(name, backbones, tokens, tmp_path):
+    assert make_trainer(name, backbones["bert"], tmp_path, tokens).frozen_blocks is None
+
+
+def test_accumulated_steps_train_like_one_large_batch(backbones, tokens, tmp_path):
+    states = []
+    for size, steps in ((16, 1), (4, 4)):
+        trainer = make_trainer(
+            "LAST_LAYER", backbones["bert"], tmp_path, tokens,
+            per_device_train_batch_size=size, gradient_accumulation_steps=steps, optim="sgd", learning_rate=0.1,
+        )  # fmt: skip
+        for part in trainer.model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+        trainer.train()
+        states.append(trainable_state(trainer.model))
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_scores_are_of_all_the_reviews_and_of_each_once(backbones, tokens, tmp_path):
+    trainer = make_trainer("PEFT_LORA", backbones["bert"], tmp_path, tokens, per_device_eval_batch_size=7)
+    prediction = trainer.predict(tokens["test"])
+    assert sorted(prediction.label_ids.tolist()) == sorted(tokens["test"]["labels"])
+    order = np.argsort([-len(ids) for ids in tokens["test"]["input_ids"]], kind="stable")
+    row = int(order[3])
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=torch.tensor([tokens["test"][row]["input_ids"]])).logits[0]
+    np.testing.assert_allclose(prediction.predictions[3], logits.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_subset_is_evaluated_on_its_own_rows(backbones, tokens, tmp_path):
+    trainer = make_trainer("NEW_HEAD", backbones["bert"], tmp_path, tokens)
+    rows = [row for row, label in enumerate(tokens["train"]["labels"]) if label == 1][:10]
+    assert set(trainer.predict(Subset(tokens["train"], rows)).label_ids.tolist()) == {1}
