@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForSequenceClassification, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
@@ -118,6 +119,7 @@ def train(config: Config, seed: int, tokenizer, data, classes: list[str]) -> dic
         metric_for_best_model="validation_accuracy",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # it would make the host wait for the GPU in every step
+        ddp_find_unused_parameters=False,  # what trains is always used
         report_to=config.report_to,
     )
     trainer = ReviewTrainer(
@@ -142,10 +144,11 @@ def main(argv: list[str] | None = None) -> dict:
     """Run every seed, write the record and draw the charts. Returns the record."""
     config = parse_config(Config, FOLDER, argv)
     tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
-    reviews, fingerprint = load_reviews(
-        config.dataset, config.dataset_revision, config.max_train_samples, config.max_test_samples, config.seeds[0]
-    )
-    data = tokenize(reviews, tokenizer, config.max_length)
+    with PartialState().local_main_process_first():  # the other processes find its cache
+        reviews, fingerprint = load_reviews(
+            config.dataset, config.dataset_revision, config.max_train_samples, config.max_test_samples, config.seeds[0]
+        )
+        data = tokenize(reviews, tokenizer, config.max_length)
     classes = reviews["train"].features["label"].names
     runs = [train(config, seed, tokenizer, data, classes) for seed in config.seeds]
     return report_results(FOLDER, config, data, fingerprint, runs)

@@ -8,7 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 # What --demo changes beside --model and --dataset: as much as its short reviews and tiny model need.
-DEMO_SETTINGS = {"max_length": 64, "epochs": 5, "batch_size": 32, "learning_rate": 2e-3, "seeds": [0]}
+DEMO_SETTINGS = {
+    "model_revision": None,
+    "dataset_revision": None,
+    "max_length": 64,
+    "batch_size": 32,
+    "learning_rate": 2e-3,
+    "seeds": [0],
+}
 
 
 class UserError(Exception):
@@ -22,8 +29,12 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     model, and settings that suit them, become the defaults; flags given by hand still win.
     Raises UserError for a value out of range; argparse exits for one of the wrong type.
     """
+    from accelerate import PartialState
     from transformers import HfArgumentParser
+    from transformers.utils import logging as transformers_logging
 
+    # The preflight says what matters of their reports on loading.
+    transformers_logging.set_verbosity_error()
     if "LOCAL_RANK" not in os.environ:  # one process, one GPU; torchrun starts a process for each
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     parser = HfArgumentParser(config_class, description=sys.modules[config_class.__module__].__doc__)
@@ -34,7 +45,8 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     if config.demo:
         from common.demo import build_demo
 
-        model, data = build_demo(Path(output_dir) / "generated")
+        with PartialState().main_process_first():
+            model, data = build_demo(Path(output_dir) / "generated")
         parser.set_defaults(**DEMO_SETTINGS, model=str(model), dataset=str(data))
         (config,) = parser.parse_args_into_dataclasses(argv)
         check(config)

@@ -113,11 +113,14 @@ def write_corpus() -> tuple[list[dict], list[dict]]:
 
 
 def build_demo(folder: Path) -> tuple[Path, Path]:
-    """Write <folder>/model and <folder>/data/{train,test}.jsonl, always the same bytes; return both folders."""
+    """Write <folder>/tiny-bert and <folder>/generated-reviews/{train,test}.jsonl, always the same bytes.
+
+    Returns both folders.
+    """
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
 
-    model_folder, data_folder = folder / "model", folder / "data"
+    model_folder, data_folder = folder / "tiny-bert", folder / "generated-reviews"
     data_folder.mkdir(parents=True, exist_ok=True)
     train, test = write_corpus()
     for name, rows in (("train", train), ("test", test)):

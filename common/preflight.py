@@ -17,7 +17,9 @@ def preflight(config, trainer: ReviewTrainer, new: list[str]) -> None:
     model, args = trainer.model, trainer.args
     check_trainable(model, new)
     trainable, total = count_parameters(model)
-    parts = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in trained_parts(model))
+    # PEFT's own wrappers say nothing, and one line stands for a part of every block.
+    names = [re.sub(r"^base_model\.model\.|\.modules_to_save", "", name) for name in trained_parts(model)]
+    parts = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names) if len(names) > 8 else names
     quantized = sum(hasattr(weight, "quant_state") for weight in model.parameters())
     truncated = trainer.train_dataset["truncated"][:]
     lines = {

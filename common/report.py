@@ -1,6 +1,7 @@
 """Records: what a run leaves in results.json, and `python -m common.report`, which writes the READMEs' tables."""
 
 import dataclasses
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import DatasetDict
 from transformers import Trainer
 from transformers.utils import cached_file
@@ -45,9 +47,15 @@ def start_seed(config, seed: int) -> tuple[Path, dict | None]:
         if (folder / "run.json").exists():
             return folder, json.loads((folder / "run.json").read_text())
         return folder, None
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_json(flags, folder / "flags.json")
+    state = PartialState()
+    if state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(flags, folder / "flags.json")
+    state.wait_for_everyone()
+    gc.collect()  # the model and the trainer of the seed before hold on to each other, and to memory
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     return folder, None
 
 
@@ -90,7 +98,8 @@ def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: floa
         "trainable_parameters": trainable,
         "total_parameters": total,
     }
-    write_json(record, folder / "run.json")
+    if trainer.is_world_process_zero():
+        write_json(record, folder / "run.json")
     return record
 
 
@@ -103,6 +112,8 @@ def report_results(folder: Path, config, data: DatasetDict, fingerprint: str, ru
     partial = config.demo or config.max_train_samples or config.max_test_samples
     place = Path(config.output_dir) if partial or config.output_dir != str(folder / "runs") else folder
     record = make_record(folder.name, config, data, fingerprint, runs)
+    if not PartialState().is_main_process:
+        return record
     write_json(record, place / "results.json")
     draw_bar_chart(record, place / "bar_chart.png")
     draw_line_chart(record, place / "line_chart.png")
@@ -176,7 +187,9 @@ def weights_sha256(name: str, revision: str | None) -> str | None:
 def environment() -> dict:
     """Hardware, versions, and the commit of the code: from git, or where there is no history from SOURCE_COMMIT."""
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        [*git, "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     changes = subprocess.run([*git, "status", "--porcelain", "*.py"], capture_output=True, text=True, check=False)
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset
-from transformers import ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.utils import logging
 
 from common.frozen import FrozenBlocks
@@ -112,7 +112,8 @@ class ReviewTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, compute_loss_func=mean_cross_entropy, **kwargs)
         self.on_device = {}  # by fingerprint of the data set
-        self.remove_callback(ProgressCallback)
+        for verbose in (ProgressCallback, PrinterCallback):  # Trainer adds one of them
+            self.remove_callback(verbose)
         self.add_callback(EpochProgress)
         self.stored_seconds = 0.0  # of the training reviews' one pass through frozen blocks
         self.frozen_blocks = FrozenBlocks.of(self.model)
