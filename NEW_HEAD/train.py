@@ -134,6 +134,7 @@ def train(config: Config, seed: int, tokenizer, data, classes: list[str]) -> dic
     untrained = trainable_state(model)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if config.resume else None)
     trainer.save_model(folder / "model")
+    model.config.save_pretrained(folder / "model")  # an adapter alone forgets its label names
     test = score(trainer.predict(data["test"]))  # the first look at the test reviews: every choice is made
     model.load_state_dict(untrained, strict=False)
     untrained_test = score(trainer.predict(data["test"]))

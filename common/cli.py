@@ -29,6 +29,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     model, and settings that suit them, become the defaults; flags given by hand still win.
     Raises UserError for a value out of range; argparse exits for one of the wrong type.
     """
+    import torch
     from accelerate import PartialState
     from transformers import HfArgumentParser
     from transformers.utils import logging as transformers_logging
@@ -45,6 +46,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     if config.demo:
         from common.demo import build_demo
 
+        torch.set_num_threads(1)  # more would only get in each other's way with so small a model
         with PartialState().main_process_first():
             model, data = build_demo(Path(output_dir) / "generated")
         parser.set_defaults(**DEMO_SETTINGS, model=str(model), dataset=str(data))

@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import Subset
 
 from common.cli import UserError
+from common.hub import OFFLINE, prefer_cache_without_network
 
 FILE_BUILDERS = {
     ".parquet": ("parquet", {}),
@@ -27,10 +28,6 @@ FILE_BUILDERS = {
 ACCEPTED = (
     "a Hub id; a folder with train and test files (.parquet, .csv, .tsv, .jsonl); "
     "an extracted aclImdb folder; aclImdb_v1.tar.gz"
-)
-OFFLINE = (
-    "The Hub cannot be reached, or does not have it, and it is not in the cache. Three ways out: fill the cache by "
-    "one run with a network; --model and --dataset with local files; --demo"
 )
 
 
@@ -155,6 +152,7 @@ def _read(source: str, revision: str | None) -> dict[str, Dataset]:
             return _read_files(path)
         if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise UserError(f"--dataset {source}: no such folder or archive; accepted: {ACCEPTED}")
+        prefer_cache_without_network(source, revision, "dataset")
         splits = load_dataset(source, revision=revision)
     except (DatasetGenerationError, UnicodeDecodeError, tarfile.TarError, EOFError) as error:
         raise UserError(f"--dataset {source}: cannot be read ({error.__cause__ or error})") from error

@@ -2,13 +2,14 @@
 
 import os
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.cli import UserError
-from common.data import OFFLINE
+from common.hub import OFFLINE, prefer_cache_without_network
 
 
 def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrainedTokenizerBase:
@@ -16,11 +17,14 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
 
     Raises UserError where the backbone cannot be found, or takes fewer than `max_length` tokens.
     """
+    if not Path(name).is_dir():
+        prefer_cache_without_network(name, revision, "model")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {name}: {str(error).splitlines()[0]} {OFFLINE}") from error
+        reason = str(error).splitlines()[0] if Path(name).is_dir() else OFFLINE
+        raise UserError(f"--model {name}: {reason}") from error
     if config.is_encoder_decoder:
         raise UserError(f"--model {name}: {config.model_type} is an encoder-decoder; needs an encoder or a decoder")
     longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))

@@ -1,0 +1,261 @@
+"""Flags are read and checked before any work; what cannot be used ends in one line."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common.demo
+from common.cli import UserError, parse_config, run
+from common.model import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+FOLDER = Path("/somewhere/SOME_METHOD")
+MODEL_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
+DATASET_REVISION = "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"
+
+
+def parse(flags: str = "", folder: Path = FOLDER):
+    return parse_config(importlib.import_module("PEFT_LORA.train").Config, folder, flags.split())
+
+
+@pytest.fixture
+def demo_built(monkeypatch):
+    """The folders in which a demo was asked for; nothing is generated."""
+    built = []
+
+    def build_demo(folder):
+        built.append(folder)
+        return folder / "tiny", folder / "generated"
+
+    monkeypatch.setattr(common.demo, "build_demo", build_demo)
+    return built
+
+
+# Flags
+
+
+def test_defaults():
+    config = parse()
+    assert (config.model, config.model_revision) == ("sentence-transformers/all-MiniLM-L6-v2", MODEL_REVISION)
+    assert (config.dataset, config.dataset_revision) == ("stanfordnlp/imdb", DATASET_REVISION)
+    assert (config.max_length, config.seeds, config.report_to) == (512, [0, 1, 2], "none")
+    assert config.max_train_samples is config.max_test_samples is None
+    assert config.resume is config.demo is False
+    assert config.output_dir == str(FOLDER / "runs")
+
+
+def test_dashes_are_as_good_as_underscores():
+    flags = "--{0} 256 --{1} 8 --{2} 0.5 --{3} 100 --{4} v1 --{5} out --seeds 7 5 --epochs 2 --resume"
+    names = "max_length batch_size learning_rate max_train_samples model_revision output_dir".split()
+    config = parse(flags.format(*names))
+    assert config == parse(flags.format(*(name.replace("_", "-") for name in names)))
+    assert [getattr(config, name) for name in names] == [256, 8, 0.5, 100, "v1", "out"]
+    assert (config.seeds, config.epochs, config.resume) == ([7, 5], 2, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--batch_size 0", "--batch_size 0: "),
+        ("--batch-size -8", "--batch_size -8: "),
+        ("--learning_rate 0", "--learning_rate 0.0: "),
+        ("--learning_rate -0.001", "--learning_rate -0.001: "),
+        ("--learning_rate nan", "--learning_rate nan: "),
+        ("--learning_rate inf", "--learning_rate inf: "),
+        ("--epochs 0", "--epochs 0: "),
+        ("--max_length -1", "--max_length -1: "),
+        ("--max_train_samples 0", "--max_train_samples 0: "),
+        ("--max_test_samples -5", "--max_test_samples -5: "),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: "),
+        ("--lora_r 0", "--lora_r 0: "),
+        ("--seeds 0 1 0", "--seeds 0 1 0: must be different"),
+        ("--seeds 3 -1", "--seeds 3 -1: must be different integers from 0"),
+        ("--seeds 4294967296", "--seeds 4294967296: must be different integers from 0"),
+        ("--batch_size 10 --gradient_accumulation_steps 4", "--batch_size 10: must be a multiple of 4"),
+        ("--demo --gradient_accumulation_steps 64", "--batch_size 32: must be a multiple of 64"),
+    ],
+)
+def test_values_out_of_range(flags, expected, demo_built):
+    with pytest.raises(UserError) as error:
+        parse(flags)
+    assert str(error.value).startswith(expected)
+
+
+def test_batch_is_divided_over_the_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert parse("--batch_size 12 --gradient_accumulation_steps 2").batch_size == 12
+    for size in (8, 9):
+        with pytest.raises(UserError, match=f"--batch_size {size}: must be a multiple of 6"):
+            parse(f"--batch_size {size} --gradient_accumulation_steps 2")
+
+
+@pytest.mark.parametrize("flags", ["--epochs many", "--learningrate 1", "--seeds", "--max_length 1.5"])
+def test_wrong_types_and_unknown_flags_end_in_the_usage(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(flags)
+    assert end.value.code == 2
+    *usage, line = capsys.readouterr().err.splitlines()
+    assert usage[0].startswith("usage: ") and flags.split()[0] in line
+
+
+def test_help_shows_the_method_and_every_flag(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "\nRun:   python PEFT_LORA/train.py\n" in shown
+    assert all(flag in shown for flag in ("--max-length", "--max_length", "--seeds", "--demo", "--lora_r"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "model_revision", "dataset_revision"),
+    [
+        ("--model other/backbone", None, DATASET_REVISION),
+        ("--dataset other/films", MODEL_REVISION, None),
+        ("--model ./backbone --dataset ./films", None, None),
+        ("--model other/backbone --model_revision v1", "v1", DATASET_REVISION),
+        ("--dataset other/films --dataset-revision v2", MODEL_REVISION, "v2"),
+        ("--model_revision v1 --dataset_revision v2", "v1", "v2"),
+        ("--model sentence-transformers/all-MiniLM-L6-v2", MODEL_REVISION, DATASET_REVISION),
+    ],
+)
+def test_default_revision_belongs_to_the_default_name(flags, model_revision, dataset_revision):
+    config = parse(flags)
+    assert (config.model_revision, config.dataset_revision) == (model_revision, dataset_revision)
+
+
+def test_one_gpu_unless_torchrun_deals_them_out(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    parse()
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    monkeypatch.delenv("LOCAL_RANK")
+    parse()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    parse()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+# Demo
+
+
+def test_demo_needs_nothing_else(demo_built):
+    config, usual = parse("--demo"), parse()
+    assert demo_built == [FOLDER / "runs/demo/generated"]
+    assert config.output_dir == str(FOLDER / "runs/demo")
+    assert (config.model, config.dataset) == (str(demo_built[0] / "tiny"), str(demo_built[0] / "generated"))
+    assert config.model_revision is config.dataset_revision is None
+    assert config.max_length < usual.max_length and config.batch_size < usual.batch_size and config.seeds == [0]
+
+
+def test_flags_by_hand_win_over_the_demo(demo_built):
+    flags = "--demo --model mine --dataset-revision v2 --max_length 32 --seeds 4 5 --batch-size 128 --output_dir out"
+    config = parse(flags)
+    assert (config.model, config.model_revision, config.dataset_revision) == ("mine", None, "v2")
+    assert (config.max_length, config.seeds, config.batch_size, config.output_dir) == (32, [4, 5], 128, "out")
+    assert demo_built == [Path("out/generated")] and config.dataset == "out/generated/generated"
+
+
+def test_demo_writes_what_it_names(tmp_path):
+    config = parse("--demo", tmp_path)
+    assert load_tokenizer(config.model, config.model_revision, config.max_length)("good film")["input_ids"]
+    assert sorted(path.name for path in Path(config.dataset).iterdir()) == ["test.jsonl", "train.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_nothing_is_written_where_a_flag_is_wrong(demo_built):
+    with pytest.raises(UserError):
+        parse("--demo --epochs 0")
+    assert not demo_built
+
+
+# Endings
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "lines"),
+    [
+        ("pass", 0, []),
+        ("raise UserError('--epochs 0: must be greater than 0')", 1, ["error: --epochs 0: must be greater than 0"]),
+        ("raise KeyboardInterrupt", 130, ["", "Interrupted. The same command with --resume goes on after "]),
+    ],
+)
+def test_run_ends_in_one_line(body, status, lines):
+    script = f"from common.cli import UserError, run\ndef main():\n    {body}\nrun(main)"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (status, "")
+    shown = ended.stderr.splitlines()
+    assert len(shown) == len(lines)
+    assert all(line.startswith(expected) for line, expected in zip(shown, lines, strict=True))
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError, ValueError, OSError, MemoryError])
+def test_run_does_not_hide_bugs(bug):
+    def main():
+        raise bug("a bug")
+
+    with pytest.raises(bug, match="a bug"):
+        run(main)
+
+
+# --model and --max_length
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere", "nobody/nothing", "no/such/folder"])
+def test_unknown_model(name):
+    with pytest.raises(UserError) as error:
+        load_tokenizer(name, None, 64)
+    line = str(error.value)
+    assert line.startswith(f"--model {name}: ") and "\n" not in line
+    assert "cache" in line and "local files" in line and line.endswith("--demo")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "config.json"),
+        ("{nope", "not a valid JSON file"),
+        ('{"model_type": "warpdrive"}', "warpdrive"),
+        ('{"model_type": "t5"}', "t5 is an encoder-decoder; needs an encoder or a decoder"),
+    ],
+)
+def test_folder_that_is_no_backbone(tmp_path, demo, content, reason):
+    if content:
+        for file in Path(demo[0]).glob("tokenizer*"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(str(tmp_path), None, 64)
+    line = str(error.value)
+    assert line.startswith(f"--model {tmp_path}: ") and "\n" not in line and reason in line
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 129, 512])
+def test_max_length_beyond_the_model(demo, max_length):
+    with pytest.raises(UserError) as error:
+        load_tokenizer(str(demo[0]), None, max_length)
+    assert str(error.value) == f"--max_length {max_length}: {demo[0]} takes 3 to 128 tokens"
+    assert load_tokenizer(str(demo[0]), None, 3) and load_tokenizer(str(demo[0]), None, 128)
+
+
+def test_the_smaller_limit_counts(tmp_path, demo):
+    for file in Path(demo[0]).glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 50}))
+    with pytest.raises(UserError, match=f"--max_length 51: {tmp_path} takes 3 to 50 tokens"):
+        load_tokenizer(str(tmp_path), None, 51)
+
+
+def test_decoder_without_padding_token_gets_one(tmp_path, demo):
+    tokenizer = load_tokenizer(str(demo[0]), None, 64)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((Path(demo[0]) / "config.json").read_bytes())
+    assert load_tokenizer(str(tmp_path), None, 64).pad_token == "[SEP]"

@@ -1,0 +1,533 @@
+"""Reviews come out the same whatever they came in as; what cannot be used is refused in one clear line."""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from common import data
+from common.cli import UserError
+from common.data import in_validation, load_reviews, stratified_rows, tokenize, training_sample
+from common.model import load_tokenizer
+
+FILES = ("parquet", "csv", "tsv", "jsonl")
+FORMATS = (*FILES, "aclImdb", "aclImdb_v1.tar.gz")
+SPLITS = ("train", "validation", "test")
+
+
+def make_rows(split: str, count: int, labels=(0, 1)) -> list[dict]:
+    """Different texts, sorted by label, with whatever is a delimiter, a quote or a line's end in some format."""
+    tricky = 'a "film",\twith 日本 and 1/2 a plot;<br /><br />a\nline, a\r\nline'
+    texts = [f"{split} {number}: {tricky if number % 3 else 'plain'}" for number in range(count)]
+    return [{"text": text, "label": labels[place * len(labels) // count]} for place, text in enumerate(texts)]
+
+
+TRAIN, TEST = make_rows("train", 100), make_rows("test", 20)
+
+
+def films(count: int) -> list[dict]:
+    return [{"text": f"film {number}", "label": number % 2} for number in range(count)]
+
+
+def write_file(path: Path, rows: list[dict]) -> None:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def write_reviews(folder: Path, kind: str = "jsonl", train=TRAIN, test=TEST) -> str:
+    """Write the reviews as one of FORMATS into a new folder and return what --dataset takes."""
+    folder.mkdir()
+    if kind in FILES:
+        write_file(folder / f"train.{kind}", train)
+        write_file(folder / f"test.{kind}", test)
+        return str(folder)
+    source = folder / "aclImdb"
+    for split, rows in (("train", train), ("test", test)):
+        for place, row in enumerate(rows):
+            file = source / split / ("neg", "pos")[row["label"]] / f"{place}_7.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(row["text"].encode())
+    for other in ("README", "train/unsup/0_0.txt", "train/urls_pos.txt", "train/pos/deeper/0_7.txt"):
+        (source / other).parent.mkdir(exist_ok=True)
+        (source / other).write_text("not a labelled review")
+    if kind == "aclImdb":
+        return str(source)
+    with tarfile.open(folder / kind, "w:gz") as archive:
+        archive.add(source, "aclImdb")
+    shutil.rmtree(source)
+    return str(folder / kind)
+
+
+def pairs(*splits: Dataset) -> list[tuple[str, int]]:
+    return sorted((row["text"], row["label"]) for split in splits for row in split)
+
+
+def texts(split: Dataset) -> set[str]:
+    return set(split["text"][:])
+
+
+def refuse(source, pattern: str = "^--", **options) -> str:
+    """Check that load_reviews refuses `source` in one line that names it, and return the line."""
+    with pytest.raises(UserError, match=pattern) as error:
+        load_reviews(str(source), **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo):
+    return load_tokenizer(str(demo[0]), None, 128)
+
+
+# The same reviews from everywhere
+
+
+@pytest.mark.parametrize("rows", [TRAIN, TRAIN[::-1]], ids=["sorted", "reversed"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_and_order_gives_the_same(tmp_path, kind, rows):
+    expected, expected_fingerprint = load_reviews(write_reviews(tmp_path / "plain"))
+    reviews, fingerprint = load_reviews(write_reviews(tmp_path / "reviews", kind, rows, TEST[::-1]))
+    assert fingerprint == expected_fingerprint
+    assert list(reviews) == list(SPLITS)
+    for split in SPLITS:
+        assert reviews[split].column_names == ["text", "label"]
+        assert reviews[split].features["label"].names == ["negative", "positive"]
+        assert pairs(reviews[split]) == pairs(expected[split])
+    assert pairs(reviews["train"], reviews["validation"]) == pairs(TRAIN)
+    assert pairs(reviews["test"]) == pairs(TEST)
+
+
+def test_archive_is_read_in_place(tmp_path):
+    source = write_reviews(tmp_path / "reviews", "aclImdb_v1.tar.gz")
+    load_reviews(source)
+    assert list((tmp_path / "reviews").iterdir()) == [Path(source)]
+    assert not list(tmp_path.rglob("*.txt"))
+
+
+def test_fingerprint_is_of_all_the_reviews_and_nothing_else(tmp_path):
+    source = write_reviews(tmp_path / "reviews")
+    _, fingerprint = load_reviews(source)
+    assert len(fingerprint) == 64
+    assert load_reviews(source, max_train_samples=50, max_test_samples=10, seed=3)[1] == fingerprint
+    changes = {
+        "text": ([{**TRAIN[0], "text": "another"}, *TRAIN[1:]], TEST),
+        "label": ([{**TRAIN[0], "label": 1}, *TRAIN[1:]], TEST),
+        "row": (TRAIN[1:], TEST),
+        "copy": ([*TRAIN, TRAIN[0]], TEST),
+        "split": (TRAIN[1:], [TRAIN[0], *TEST]),
+    }
+    for name, (train, test) in changes.items():
+        assert load_reviews(write_reviews(tmp_path / name, train=train, test=test))[1] != fingerprint, name
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_changed_reviews_are_read_anew(tmp_path, kind):
+    source = Path(write_reviews(tmp_path / "reviews", kind))
+    _, before = load_reviews(str(source))
+    times = {path: path.stat().st_mtime_ns for path in [source, *source.rglob("*")]}
+    shutil.rmtree(tmp_path / "reviews")
+    write_reviews(tmp_path / "reviews", kind, [{**TRAIN[0], "text": "new"}, *TRAIN[1:]])
+    for path, time in times.items():  # as if only this review's file had changed, and a second later
+        changed = path.name in ("0_7.txt", "train.parquet", "train.csv", "train.tsv", "train.jsonl", source.name)
+        os.utime(path, ns=(time, time + 1_000_000_000 * (changed and path.is_file())))
+    assert load_reviews(str(source))[1] != before
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_short_texts_stay_as_they_are(tmp_path, kind):
+    rows = [*TRAIN, *({"text": text, "label": 1} for text in ("NA", "n/a", "null", "None", "nan", "-1", "007", "1e5"))]
+    reviews, _ = load_reviews(write_reviews(tmp_path / "reviews", kind, rows))
+    assert pairs(reviews["train"], reviews["validation"]) == pairs(rows)
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ((0, 1), ["negative", "positive"]),
+        (("neg", "pos"), ["negative", "positive"]),
+        (("positive", "negative"), ["negative", "positive"]),
+        (("good", "bad"), ["bad", "good"]),
+        (("NA", "None"), ["NA", "None"]),
+        ((1, 2, 3, 4, 5), ["1", "2", "3", "4", "5"]),
+        ((9, 10, 8), ["8", "9", "10"]),
+        (("world", "sport", "business"), ["business", "sport", "world"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_labels_of_any_kind(tmp_path, kind, labels, names):
+    train, test = make_rows("train", 100, labels), make_rows("test", 20, labels)
+    reviews, _ = load_reviews(write_reviews(tmp_path / "reviews", kind, train, test))
+    assert all(reviews[split].features["label"].names == names for split in SPLITS)
+    numbers = {label: number for number, label in enumerate(sorted(labels))}
+    expected = [{**row, "label": numbers[row["label"]]} for row in train]
+    assert pairs(reviews["train"], reviews["validation"]) == pairs(expected)
+    assert sorted(set(reviews["test"]["label"][:])) == list(range(len(labels)))
+
+
+def write_class_labels(folder: Path, names: list[str], test_names: list[str], train=TRAIN) -> str:
+    folder.mkdir()
+    for split, rows, labels in (("train", train, names), ("test", TEST, test_names)):
+        features = Features(text=Value("string"), label=ClassLabel(names=labels))
+        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["thumbs up", "thumbs down"], ["thumbs up", "thumbs down"]), (["neg", "pos"], ["negative", "positive"])],
+)
+def test_class_names_are_kept(tmp_path, names, expected):
+    reviews, _ = load_reviews(write_class_labels(tmp_path / "reviews", names, names))
+    assert all(reviews[split].features["label"].names == expected for split in SPLITS)
+    assert pairs(reviews["train"], reviews["validation"]) == pairs(TRAIN)
+
+
+def test_class_names_in_another_order_are_not_mixed_up(tmp_path):
+    source = write_class_labels(tmp_path / "reviews", ["bad", "good"], ["good", "bad"])
+    assert source in refuse(source, "bad.*good")
+
+
+@pytest.mark.parametrize("missing", [-1, None])
+def test_class_number_of_a_missing_label(tmp_path, missing):
+    unlabelled = [*TRAIN, {"text": "what is this?", "label": missing}]
+    source = write_class_labels(tmp_path / "reviews", ["bad", "good"], ["bad", "good"], unlabelled)
+    assert source in refuse(source, "row 100 of the train split has no label")
+
+
+# Validation
+
+
+def test_validation_is_a_tenth_by_the_text_alone(tmp_path):
+    rows = films(1000)
+    validation = texts(load_reviews(write_reviews(tmp_path / "reviews", train=rows))[0]["validation"])
+    assert 80 <= len(validation) <= 120
+    others = [{**row, "label": 1 - row["label"]} for row in rows[::-3]] + make_rows("other", 50)
+    again = texts(load_reviews(write_reviews(tmp_path / "others", "csv", others, rows))[0]["validation"])
+    kept = {row["text"] for row in others}
+    assert again & validation == kept & validation == {text for text in again if text.startswith("film")}
+
+
+def test_validation_stays_the_same_in_every_version():
+    held_out = [number for number in range(60) if in_validation(hashlib.sha256(b"film %d" % number).digest())]
+    assert held_out == [12, 18, 33, 35, 45]
+
+
+def test_copies_of_a_review_are_never_on_both_sides(tmp_path):
+    rows = films(100) * 2 + [{**row, "label": 1 - row["label"]} for row in films(50)]
+    reviews, _ = load_reviews(write_reviews(tmp_path / "reviews", train=rows))
+    assert not texts(reviews["train"]) & texts(reviews["validation"])
+    assert pairs(reviews["train"], reviews["validation"]) == pairs(rows)
+
+
+# Subsets
+
+
+@pytest.mark.parametrize("labels", [[0] * 60 + [1] * 30 + [2] * 10, [2, 0, 0, 1, 0, 0, 1, 0, 0, 1] * 10])
+@pytest.mark.parametrize("size", [3, 10, 37, 50, 99])
+def test_subset_has_every_class_in_proportion(labels, size):
+    rows = stratified_rows(labels, size, seed=0)
+    assert len(rows) == len(set(rows)) == size and sorted(rows) == list(rows)
+    counts = np.bincount(np.array(labels)[rows], minlength=3)
+    assert counts == pytest.approx(size * np.bincount(labels) / 100, abs=1)
+
+
+def test_subset_is_random_and_seeded():
+    labels = [0] * 100 + [1] * 100
+    subsets = [set(stratified_rows(labels, 50, seed)) for seed in range(60)]
+    assert set(stratified_rows(labels, 50, seed=0)) == subsets[0]
+    assert len({frozenset(subset) for subset in subsets}) == 60
+    assert set.union(*subsets) == set(range(200)), "no row is left out for good"
+
+
+@pytest.mark.parametrize("size", [None, 20, 21])
+def test_subset_of_everything_keeps_the_order(size):
+    assert stratified_rows([0] * 10 + [1] * 10, size, seed=1).tolist() == list(range(20))
+
+
+def test_subsets_of_sorted_reviews(tmp_path):
+    source = write_reviews(tmp_path / "reviews", train=make_rows("train", 400), test=make_rows("test", 40))
+    everything, _ = load_reviews(source)
+    first, same, other = (
+        load_reviews(source, max_train_samples=200, max_test_samples=10, seed=seed)[0] for seed in (0, 0, 1)
+    )
+    labels = [label for _, label in pairs(first["train"], first["validation"])]
+    assert labels.count(0) == labels.count(1) == 100
+    assert first["test"]["label"][:].count(0) == first["test"]["label"][:].count(1) == 5
+    for split in SPLITS:
+        assert pairs(first[split]) == pairs(same[split]) != pairs(other[split])
+        assert texts(first[split]) < texts(everything[split])
+
+
+# Tokens
+
+
+@pytest.fixture
+def demo_reviews(demo):
+    """About 450 + 50 + 50 reviews that the tokenizer knows every word of."""
+    return load_reviews(str(demo[1]), max_train_samples=500, max_test_samples=50)[0]
+
+
+def tokenized(tokenizer, max_length: int, *reviews: str) -> list[dict]:
+    rows = Dataset.from_dict({"text": reviews, "label": [0] * len(reviews)})
+    return list(tokenize(DatasetDict(test=rows), tokenizer, max_length)["test"])
+
+
+def test_tokens_are_the_tokenizers(demo_reviews, tokenizer):
+    tokens = tokenize(demo_reviews, tokenizer, 128)
+    for split in SPLITS:
+        assert sorted(tokens[split].column_names) == ["input_ids", "labels", "truncated"]
+        assert tokens[split]["labels"][:] == demo_reviews[split]["label"][:]
+        plain = [text.replace("<br />", " ") for text in demo_reviews[split]["text"]]
+        assert tokens[split]["input_ids"][:] == tokenizer(plain)["input_ids"]
+
+
+def test_line_breaks_are_no_words(tokenizer):
+    row, expected = tokenized(tokenizer, 64, "good<br /><br />film.<br />bad", "good film. bad")
+    assert row["input_ids"] == expected["input_ids"]
+
+
+@pytest.mark.parametrize("max_length", [3, 16, 128])
+def test_cut_reviews_keep_the_special_tokens(tokenizer, max_length):
+    for row in tokenized(tokenizer, max_length, "good " * 200, "good " * max_length, "bad", ""):
+        ids = row["input_ids"]
+        assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        assert len(ids) <= max_length
+        assert (len(ids) == max_length) or not row["truncated"]
+
+
+def test_only_what_lost_a_token_is_truncated(tokenizer):
+    reviews = ["good " * words for words in (15, 1, 13, 14, 40, 14)]
+    rows = tokenized(tokenizer, 16, *reviews)  # two special tokens and 14 words
+    assert [len(row["input_ids"]) for row in rows] == [16, 3, 15, 16, 16, 16]
+    assert [row["truncated"] for row in rows] == [True, False, False, False, True, False]
+
+
+def test_tokens_come_from_the_cache(demo, demo_reviews, tokenizer, own_cache):
+    def cache_files():
+        return {path: path.stat().st_ino for path in own_cache.rglob("cache-*.arrow")}
+
+    first = tokenize(demo_reviews, tokenizer, 24)
+    assert any(first["train"]["truncated"]) and not all(first["train"]["truncated"])
+    files = cache_files()
+    for again in (tokenizer, load_tokenizer(str(demo[0]), None, 24)):
+        assert tokenize(demo_reviews, again, 24)["train"][:] == first["train"][:]
+        assert cache_files() == files, "tokenised again"
+    shorter = tokenize(demo_reviews, tokenizer, 12)
+    assert len(cache_files()) == len(files) + 3
+    for split in SPLITS:
+        assert [ids[:11] for ids in shorter[split]["input_ids"]] == [ids[:11] for ids in first[split]["input_ids"]]
+        assert max(map(len, shorter[split]["input_ids"])) == 12
+
+
+def test_training_sample_is_like_validation_and_always_the_same(demo_reviews, tokenizer):
+    tokens = tokenize(demo_reviews, tokenizer, 16)
+    sample = training_sample(tokens)
+    assert sample.dataset is tokens["train"]
+    assert len(sample) == len(set(sample.indices)) == len(tokens["validation"])
+    positive = sum(sample[place]["labels"] for place in range(len(sample)))
+    assert positive == pytest.approx(len(sample) * np.mean(tokens["train"]["labels"][:]), abs=1)
+    np.random.seed(5)
+    assert list(training_sample(tokens).indices) == list(sample.indices)
+
+
+# The Hub
+
+
+def test_hub_data_set(monkeypatch):
+    """What load_dataset gives for stanfordnlp/imdb, where the tests have no network."""
+    features = Features(text=Value("string"), label=ClassLabel(names=["neg", "pos"]))
+    splits = DatasetDict(
+        train=Dataset.from_list(TRAIN, features=features),
+        test=Dataset.from_list(TEST, features=features),
+        unsupervised=Dataset.from_list([{"text": "?", "label": -1}], features=features),
+    )
+    asked = []
+    monkeypatch.setattr(data, "load_dataset", lambda *args, **options: asked.append((args, options)) or splits)
+    reviews, _ = load_reviews("organisation/films", "v1")
+    assert asked == [(("organisation/films",), {"revision": "v1"})]
+    assert reviews["train"].features["label"].names == ["negative", "positive"]
+    assert pairs(reviews["train"], reviews["validation"]) == pairs(TRAIN)
+    del splits["test"]
+    assert refuse("organisation/films").endswith("has no test split; it has: train, unsupervised")
+
+
+@pytest.mark.parametrize("source", ["stanfordnlp/imdb", "films", "aclImdb_v1.tar.gz"])
+def test_hub_out_of_reach(source):
+    line = refuse(source, revision="e6281661ce1c48d982bc483cf8a173c1bbeb5d31")
+    assert line.startswith(f"--dataset {source}: ")
+    assert "cache" in line and "local files" in line and line.endswith("--demo")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']"),
+        RuntimeError("Dataset scripts are no longer supported, but found films.py"),
+    ],
+)
+def test_hub_data_set_that_datasets_refuses(monkeypatch, error):
+    def refuse_it(*args, **options):
+        raise error
+
+    monkeypatch.setattr(data, "load_dataset", refuse_it)
+    assert refuse("organisation/films", str(error)[:20]).startswith("--dataset organisation/films: ")
+
+
+# What cannot be used
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "~/nowhere", "no/such/folder"])
+def test_missing_folder(source):
+    line = refuse(source)
+    assert line.startswith(f"--dataset {source}: ")
+    assert all(accepted in line for accepted in ("Hub id", ".parquet, .csv, .tsv, .jsonl", "aclImdb", ".tar.gz"))
+
+
+ONE_OF_TWO = "train.parquet, .csv, .tsv or .jsonl; found "
+PLAIN = "".join(json.dumps(row) + "\n" for row in TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("files", "pattern"),
+    [
+        ({}, f"needs one train file, {ONE_OF_TWO}none"),
+        ({"train.jsonl": PLAIN}, "needs one test file, test.parquet, .csv, .tsv or .jsonl; found none"),
+        ({"train.txt": "a", "test.jsonl": PLAIN}, f"{ONE_OF_TWO}none"),
+        ({"train.jsonl": PLAIN, "train.csv": "", "test.jsonl": PLAIN}, f"{ONE_OF_TWO}train.csv, train.jsonl"),
+        ({"train.jsonl": "", "test.jsonl": PLAIN}, "train.jsonl is empty"),
+        ({"train.jsonl": PLAIN, "test.csv": ""}, "test.csv is empty"),
+    ],
+)
+def test_missing_surplus_and_empty_files(tmp_path, files, pattern):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert refuse(tmp_path, pattern).startswith(f"--dataset {tmp_path}: ")
+
+
+BAD_SPLITS = {
+    "no label column": ("jsonl", '{"text": "a", "stars": 1}\n', "the {} split has no column `label`; it has: .*stars"),
+    "no text column": ("csv", "review,label\na,0\nb,1\n", "the {} split has no column `text`; it has: review, label"),
+    "header only": ("csv", "text,label\n", r"{}\.csv.* no (rows|reviews)"),
+    "blank lines": ("jsonl", "\n\n", r"{}\.jsonl.* no (rows|reviews)"),
+    "text is null": ("jsonl", PLAIN + '{"text": null, "label": 0}\n', "row 100 of the {} split has no text"),
+    "text is left out": ("csv", "text,label\na,0\n,1\n", "row 1 of the {} split has no text"),
+    "label is null": ("jsonl", '{"text": "a", "label": null}\n' + PLAIN, "row 0 of the {} split has no label"),
+    "label is left out": ("tsv", "text\tlabel\na\t0\nb\t\nc\t1\n", "row 1 of the {} split has no label"),
+    "text is a number": (
+        "jsonl",
+        '{"text": 1, "label": 0}\n{"text": 2, "label": 1}\n',
+        "`text` of the {} .* not text",
+    ),
+    "label is a fraction": ("csv", "text,label\na,0.5\nb,1.5\n", "`label` of the {} split is neither integers nor"),
+    "label is a list": ("jsonl", '{"text": "a", "label": [0]}\n', "`label` of the {} split is neither integers nor"),
+    "labels of two kinds": ("jsonl", PLAIN + '{"text": "a", "label": "pos"}\n', "`label` of the {} split is neither"),
+    "broken JSON": ("jsonl", PLAIN + '{"text": ', r"{}\.jsonl.* cannot be read"),
+    "another encoding": ("csv", "text,label\ncaf\xe9,0\nb,1\n".encode("latin-1"), r"{}\.csv.* cannot be read"),
+    "an open quote": ("csv", 'text,label\na,0\n"b,1\n', r"{}\.csv.* cannot be read"),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("case", BAD_SPLITS)
+def test_bad_split(tmp_path, case, split):
+    suffix, content, pattern = BAD_SPLITS[case]
+    (tmp_path / f"{split}.{suffix}").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / ("test.jsonl" if split == "train" else "train.jsonl")).write_text(PLAIN)
+    assert refuse(tmp_path, pattern.format(split)).startswith(f"--dataset {tmp_path}: ")
+
+
+def test_one_class(tmp_path):
+    source = write_reviews(tmp_path / "reviews", train=TRAIN[:50])
+    assert refuse(source) == f"--dataset {source}: the train split has one class only, 0; needs two or more"
+
+
+def test_test_label_that_train_lacks(tmp_path):
+    source = write_reviews(tmp_path / "reviews", test=make_rows("test", 20, (0, 1, 7)))
+    line = refuse(source)
+    assert line == f"--dataset {source}: label 7 of the test split is not in the train split, which has: 0, 1"
+
+
+@pytest.mark.parametrize(("size", "split"), [(1, "train"), (4, "validation"), (None, "validation")])
+def test_too_few_reviews(tmp_path, size, split):
+    rows = films(12)  # none of them for validation
+    source = write_reviews(tmp_path / "reviews", train=rows)
+    line = refuse(source, max_train_samples=size)
+    cause = f"--max_train_samples {size}" if size else f"--dataset {source}"
+    assert line.startswith(f"{cause}: leaves the {split} split") and "at least 100" in line
+
+
+@pytest.mark.parametrize("damage", ["no parquet", "cut", "zeroed", "no rows"])
+def test_damaged_parquet(tmp_path, damage):
+    source = write_reviews(tmp_path / "reviews", "parquet")
+    path = Path(source, "train.parquet")
+    content = path.read_bytes()
+    if damage == "no rows":
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(path)[:0], path)
+    else:
+        zeroed = content[:100] + bytes(400) + content[500:]
+        path.write_bytes({"no parquet": b"nonsense", "cut": content[:-20], "zeroed": zeroed}[damage])
+    assert refuse(source, "train.parquet").startswith(f"--dataset {source}: ")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_cut_archive(tmp_path, share):
+    source = Path(write_reviews(tmp_path / "reviews", "aclImdb_v1.tar.gz"))
+    content = source.read_bytes()
+    source.write_bytes(content[: int(share * len(content))])
+    assert refuse(source).startswith(f"--dataset {source}: ")
+
+
+def test_archive_damaged_in_the_middle_is_not_a_shorter_archive(tmp_path):
+    """tarfile takes a damaged header for the end of the archive; only gzip's checksum tells."""
+    source = Path(write_reviews(tmp_path / "reviews", "aclImdb_v1.tar.gz"))
+    stored = io.BytesIO()
+    with gzip.GzipFile(fileobj=stored, mode="wb", compresslevel=0) as file:
+        file.write(gzip.decompress(source.read_bytes()))
+    name = b"aclImdb/train/pos/70_7.txt"
+    assert stored.getvalue().count(name) == 1
+    source.write_bytes(stored.getvalue().replace(name, name.upper()))
+    assert refuse(source, "cannot be read").startswith(f"--dataset {source}: ")
+
+
+def test_archive_of_something_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    source = tmp_path / "other.tar.gz"
+    with tarfile.open(source, "w:gz") as archive:
+        archive.add(tmp_path / "notes.txt", "notes.txt")
+    assert refuse(source).startswith(f"--dataset {source}: ")
+    assert refuse(tmp_path / "notes.txt", "accepted: ").startswith(f"--dataset {tmp_path / 'notes.txt'}: ")
+
+
+def test_official_folder_without_test_reviews(tmp_path):
+    source = write_reviews(tmp_path / "reviews", "aclImdb")
+    shutil.rmtree(Path(source, "test"))
+    assert refuse(source).startswith(f"--dataset {source}: ")

@@ -1,0 +1,285 @@
+"""The four scripts: alike outside their method, and doing the whole job from the command line."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METHODS, ROOT
+
+from common.cli import UserError
+
+SCRIPTS = [ROOT / method / "train.py" for method in METHODS]
+
+
+def run(*command, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def shared_part(source: str) -> str:
+    """The text of a script without its docstring, its method's name, its method's fields and its `build_model`."""
+    tree, lines = ast.parse(source), source.splitlines(keepends=True)
+    (build,) = [node for node in tree.body if getattr(node, "name", "") == "build_model"]
+    (config,) = [node for node in tree.body if getattr(node, "name", "") == "Config"]
+    fields = next(number for number, line in enumerate(lines, 1) if line.strip() == "# This method")
+    assert config.lineno < fields < config.end_lineno
+    removed = {
+        *range(tree.body[0].lineno, tree.body[0].end_lineno + 1),
+        *range(fields + 1, config.end_lineno + 1),
+        *range(build.lineno, build.end_lineno + 1),
+    }
+    text = "".join(line for number, line in enumerate(lines, 1) if number not in removed)
+    return re.sub(rf"\b({'|'.join(METHODS)})/train\.py", "METHOD/train.py", text)
+
+
+def alike(sources: list[str]) -> bool:
+    return len(sources) == 4 and len({shared_part(source) for source in sources}) == 1
+
+
+def test_the_four_scripts_are_alike_outside_their_method():
+    assert sorted(SCRIPTS) == sorted(ROOT.glob("*/train.py"))
+    assert alike([script.read_text() for script in SCRIPTS])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("warmup_steps=0.1", "warmup_steps=0.2"),
+        ("set_seed(seed)", "set_seed(0)"),
+        ("# the best and the last", "# best and last"),
+        ('help="Passes over', 'help="Passes through'),
+        ("import time\n", "import time\nimport json\n"),
+        ("    # This method\n", "    extra: int = 0\n\n    # This method\n"),
+        ("\n\nif __name__", "\n\ndef another():\n    pass\n\n\nif __name__"),
+    ],
+)
+def test_a_mutated_copy_is_not_alike(old, new):
+    sources = [script.read_text() for script in SCRIPTS]
+    assert old in sources[2]
+    sources[2] = sources[2].replace(old, new, 1)
+    assert not alike(sources)
+
+
+def test_every_field_is_explained_and_scripts_stay_short(method):
+    source = (method.FOLDER / "train.py").read_text()
+    assert 140 <= len(source.splitlines()) <= 190
+    assert all(field.metadata["help"].endswith((".", "]")) for field in fields(method.Config))
+    assert [field.name for field in fields(method.Config)][:15] == [
+        *("model", "model_revision", "dataset", "dataset_revision", "max_length", "epochs", "batch_size"),
+        *("gradient_accumulation_steps", "seeds", "max_train_samples", "max_test_samples"),
+        *("output_dir", "resume", "report_to", "demo"),
+    ]
+
+
+def test_common_names_no_method():
+    for file in (ROOT / "common").glob("*.py"):
+        assert not re.search("|".join(METHODS), file.read_text()), file
+
+
+def run_all(*flags, **environment) -> dict[str, subprocess.CompletedProcess]:
+    """Every script with these flags, two at a time. `{}` in a flag stands for the method."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {
+            name: pool.submit(run, f"{name}/train.py", *(str(flag).format(name) for flag in flags), **environment)
+            for name in METHODS
+        }
+    return {name: job.result() for name, job in jobs.items()}
+
+
+def test_help():
+    for result in run_all("--help").values():
+        assert result.returncode == 0
+        for flag in ("--model_revision", "--max-length", "--seeds", "--resume", "--demo", "--learning_rate"):
+            assert flag in result.stdout
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """A finished `--demo` of each script: folders by {method}, and the processes."""
+    folder = tmp_path_factory.mktemp("demos")
+    flags = ("--demo", "--epochs", "2", "--output-dir", folder / "{}")
+    return folder, run_all(*flags, HF_HOME=str(folder / "cache"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_demo_does_the_whole_job(name, demos):
+    folder, result = demos[0] / name, demos[1][name]
+    assert result.returncode == 0, result.stderr
+    record = json.loads((folder / "results.json").read_text())
+    (only,) = record["runs"]
+    assert record["method"] == name
+    assert record["config"]["demo"] is True
+    assert [epoch["epoch"] for epoch in only["epochs"]] == [0, 1, 2]
+    assert only["best_epoch"] == max((1, 2), key=lambda epoch: only["epochs"][epoch]["validation_accuracy"])
+    for epoch in only["epochs"]:
+        assert set(epoch) == {
+            *("epoch", "train_accuracy", "train_loss", "validation_accuracy", "validation_f1", "validation_loss"),
+            "seconds",
+        }
+    assert only["train_seconds"] >= sum(epoch["seconds"] for epoch in only["epochs"]) > 0
+    assert (only["train_seconds"] > sum(epoch["seconds"] for epoch in only["epochs"])) == (name == "NEW_HEAD")
+    assert sum(map(sum, only["test"]["confusion_matrix"])) == record["dataset"]["test"] == 500
+    assert sum(only["memory_bytes"].values()) == only["peak_memory_bytes"]
+    assert only["checkpoint_bytes"] > 4 * record["model"]["trainable_parameters"]
+    assert record["summary"]["test_accuracy"] == {"mean": only["test"]["accuracy"], "sd": None}
+    assert len(record["model"]["weights_sha256"]) == len(record["dataset"]["sha256"]) == 64
+    for chart in ("bar_chart.png", "line_chart.png"):
+        assert (folder / chart).read_bytes().startswith(b"\x89PNG")
+    for title in ("Backbone", "Trains", "Frozen", "Quantized", "Reviews", "Device", "Charts", "Record", "Models"):
+        assert f"\n{title}:" in "\n" + result.stdout
+    assert result.stdout.splitlines()[-1] == (
+        "This was the demo, on generated reviews with a tiny model: its figures mean nothing."
+    )
+    assert str(folder) not in (folder / "results.json").read_text()
+
+
+RELOAD = """
+import sys, torch
+from pathlib import Path
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+for folder in map(Path, sys.argv[1:]):
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    if (folder / "adapter_config.json").exists():
+        names = {"id2label": config.id2label, "label2id": config.label2id}
+        if hasattr(config, "quantization_config"):
+            names["quantization_config"] = config.quantization_config
+        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **names).eval()
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    inputs = tokenizer("The plot is dull, but the acting saves it.", return_tensors="pt")
+    with torch.no_grad():
+        print([model.config.id2label[0], model.config.id2label[1], *model(**inputs).logits[0].tolist()])
+"""
+
+
+def test_trap_13_a_fresh_process_has_the_same_logits_and_label_names(tmp_path, monkeypatch):
+    expected, folders = [], []
+    for name in METHODS:
+        method = importlib.import_module(f"{name}.train")
+        predict = method.ReviewTrainer.predict
+
+        def keep_logits(self, reviews, predict=predict, **kwargs):
+            inputs = self.processing_class("The plot is dull, but the acting saves it.", return_tensors="pt")
+            with torch.no_grad():
+                expected.append(self.model.eval()(**inputs).logits[0].tolist())
+            return predict(self, reviews, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(method.ReviewTrainer, "predict", keep_logits)
+            method.main(["--demo", "--epochs", "1", "--output_dir", str(tmp_path / name)])
+        folders.append(tmp_path / name / "seed_0" / "model")
+    result = run("-c", RELOAD, *folders)
+    assert result.returncode == 0, result.stderr
+    chosen = expected[::2]  # the first look at the test reviews is the chosen model's, the second the untrained one's
+    for line, logits in zip(result.stdout.splitlines(), chosen, strict=True):
+        negative, positive, *fresh = ast.literal_eval(line)
+        assert (negative, positive) == ("negative", "positive")
+        assert fresh == pytest.approx(logits, rel=1e-2, abs=1e-3)
+
+
+def test_a_finished_run_is_not_repeated_by_resume(method, demos, monkeypatch):
+    folder = demos[0] / method.FOLDER.name
+    before = json.loads((folder / "results.json").read_text())
+    monkeypatch.setattr(method, "build_model", None)
+    flags = ["--demo", "--epochs", "2", "--output-dir", str(folder), "--resume"]
+    assert method.main(flags)["runs"] == before["runs"]
+    with pytest.raises(UserError, match="--resume: the interrupted run had --epochs 2, not 3"):
+        method.main([*flags, "--epochs", "3"])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(method, tmp_path, monkeypatch):
+    flags = ["--demo", "--epochs", "3", "--output_dir"]
+    whole = method.main([*flags, str(tmp_path / "whole")])
+    trainer_class = method.ReviewTrainer
+
+    class Interrupted(trainer_class):
+        def _save_checkpoint(self, *args, **kwargs):
+            super()._save_checkpoint(*args, **kwargs)
+            if self.state.epoch == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(method, "ReviewTrainer", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        method.main([*flags, str(tmp_path / "parts")])
+    monkeypatch.setattr(method, "ReviewTrainer", trainer_class)
+    resumed = method.main([*flags, str(tmp_path / "parts"), "--resume"])
+    for run_whole, run_resumed in zip(whole["runs"], resumed["runs"], strict=True):
+        for key in ("best_epoch", "untrained_test", "test"):
+            assert run_whole[key] == run_resumed[key]
+        for one, other in zip(run_whole["epochs"], run_resumed["epochs"], strict=True):
+            assert {**one, "seconds": 0} == {**other, "seconds": 0}
+            assert (one["seconds"] > 0) == (other["seconds"] > 0)
+
+
+def test_traps_10_and_12_test_reviews_wait_and_a_seed_repeats(method, tmp_path, monkeypatch):
+    looks = []
+    predict = method.ReviewTrainer.predict
+
+    def watched(self, reviews, *args, **kwargs):
+        looks.append((self.state.global_step == self.state.max_steps, len(reviews)))
+        return predict(self, reviews, *args, **kwargs)
+
+    monkeypatch.setattr(method.ReviewTrainer, "predict", watched)
+    flags = ["--demo", "--epochs", "1", "--seeds", "3", "--max_test_samples", "60", "--output_dir"]
+    first, again = (method.main([*flags, str(tmp_path / str(number))])["runs"][0] for number in range(2))
+    assert looks == [(True, 60)] * 4
+    assert first["test"] == again["test"]
+    assert [epoch["validation_loss"] for epoch in first["epochs"]] == [
+        epoch["validation_loss"] for epoch in again["epochs"]
+    ]
+
+
+def test_a_partial_run_leaves_published_charts_alone(method, tmp_path, demo, monkeypatch):
+    monkeypatch.setattr(method, "FOLDER", tmp_path / "METHOD")
+    flags = ["--model", str(demo[0]), "--dataset", str(demo[1]), "--max_length", "32", "--epochs", "1"]
+    flags += ["--seeds", "0", "--batch_size", "64"]
+    method.main([*flags, "--max_train_samples", "300"])
+    assert not (tmp_path / "METHOD" / "results.json").exists()
+    assert (tmp_path / "METHOD" / "runs" / "results.json").exists()
+    method.main([*flags, "--output_dir", str(tmp_path / "elsewhere")])
+    assert not (tmp_path / "METHOD" / "results.json").exists()
+    method.main(flags)
+    assert {path.name for path in (tmp_path / "METHOD").iterdir()} == {
+        *("results.json", "bar_chart.png", "line_chart.png", "runs"),
+    }
+
+
+def test_errors_end_in_one_line(tmp_path):
+    result = run("PEFT_LORA/train.py", "--model", tmp_path / "nowhere")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.strip().splitlines()[-1:]
+    assert line.startswith(f"error: --model {tmp_path / 'nowhere'}")
+    assert "Traceback" not in result.stderr
+
+
+def test_without_network_and_cache_the_ways_out_are_named(tmp_path):
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    result = run("PEFT_LORA/train.py", **environment)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    for way in ("cache", "--model", "--dataset", "--demo"):
+        assert way in result.stderr.splitlines()[-1]
+
+
+def test_nothing_else_at_the_top():
+    allowed = {*METHODS, "common", "tests", "requirements.txt", "LICENSE", "README.md"}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    top = {Path(name).parts[0] for name in tracked.splitlines()}
+    assert {name for name in top if not name.startswith(".")} <= allowed
