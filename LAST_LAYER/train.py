@@ -26,7 +26,7 @@ from common.data import load_reviews, tokenize, training_sample
 from common.metrics import score, validation_scores
 from common.model import label_config, load_tokenizer, mixed_precision, trainable_state
 from common.preflight import preflight
-from common.report import report_results, run_record, start_seed
+from common.record import report_results, run_record, start_seed
 from common.trainer import ReviewTrainer
 
 

@@ -40,8 +40,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     parser = HfArgumentParser(config_class, description=sys.modules[config_class.__module__].__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    (config,) = parser.parse_args_into_dataclasses(argv)
-    check(config)
+    config = _parse(parser, argv)
     output_dir = config.output_dir or str(folder / "runs" / ("demo" if config.demo else ""))
     if config.demo:
         from common.demo import build_demo
@@ -50,8 +49,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
         with PartialState().main_process_first():
             model, data = build_demo(Path(output_dir) / "generated")
         parser.set_defaults(**DEMO_SETTINGS, model=str(model), dataset=str(data))
-        (config,) = parser.parse_args_into_dataclasses(argv)
-        check(config)
+        config = _parse(parser, argv)
     config.output_dir = output_dir
     for name in ("model", "dataset"):  # the default revision belongs to the default repository
         revision = f"{name}_revision"
@@ -59,6 +57,14 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
             revision
         ):
             setattr(config, revision, None)
+    return config
+
+
+def _parse(parser, argv: list[str] | None):
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:  # HfArgumentParser itself would end in a traceback
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    check(config)
     return config
 
 
@@ -72,9 +78,9 @@ def check(config) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if type(value) in (int, float) and not 0 < value < float("inf"):
-            raise UserError(f"--{field.name} {value}: must be greater than 0")
-    if not config.seeds or min(config.seeds) < 0 or len(set(config.seeds)) < len(config.seeds):
-        raise UserError(f"--seeds {' '.join(map(str, config.seeds))}: must be different integers from 0 up")
+            raise UserError(f"--{field.name} {value}: must be a finite number greater than 0")
+    if any(not 0 <= seed < 2**32 for seed in config.seeds) or len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, config.seeds))}: must be different integers from 0 to 2**32 - 1")
     parts = config.gradient_accumulation_steps * processes()
     if config.batch_size % parts:
         raise UserError(

@@ -18,10 +18,11 @@ from torch.utils.data import Subset
 from common.cli import UserError
 from common.hub import OFFLINE, prefer_cache_without_network
 
+AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}  # "NA" and "null" are texts; only nothing is missing
 FILE_BUILDERS = {
     ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".csv": ("csv", AS_WRITTEN),
+    ".tsv": ("csv", AS_WRITTEN | {"sep": "\t"}),
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
 }
@@ -29,6 +30,8 @@ ACCEPTED = (
     "a Hub id; a folder with train and test files (.parquet, .csv, .tsv, .jsonl); "
     "an extracted aclImdb folder; aclImdb_v1.tar.gz"
 )
+# ValueError: also Arrow's errors, and what load_dataset says of a data set that needs a configuration.
+UNREADABLE = (DatasetGenerationError, ValueError, RuntimeError, tarfile.TarError, EOFError)
 
 
 def load_reviews(
@@ -66,8 +69,9 @@ def load_reviews(
     for split, flag in [("train", "train"), ("validation", "train"), ("test", "test")]:
         present = len(set(data[split]["label"][:]))
         if present == 0 or (split == "train" and present < 2):
+            size = max_train_samples if flag == "train" else max_test_samples
             raise UserError(
-                f"--max_{flag}_samples {max_train_samples if flag == 'train' else max_test_samples}: leaves the "
+                f"{f'--dataset {source}' if size is None else f'--max_{flag}_samples {size}'}: leaves the "
                 f"{split} split {len(data[split])} reviews of {present} classes; at least 100 are a start"
             )
     return data, fingerprint
@@ -151,11 +155,11 @@ def _read(source: str, revision: str | None) -> dict[str, Dataset]:
         if path.is_dir():
             return _read_files(path)
         if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise UserError(f"--dataset {source}: no such folder or archive; accepted: {ACCEPTED}")
+            raise UserError(f"--dataset {source}: no such folder or readable archive; accepted: {ACCEPTED}")
         prefer_cache_without_network(source, revision, "dataset")
         splits = load_dataset(source, revision=revision)
-    except (DatasetGenerationError, UnicodeDecodeError, tarfile.TarError, EOFError) as error:
-        raise UserError(f"--dataset {source}: cannot be read ({error.__cause__ or error})") from error
+    except UNREADABLE as error:
+        raise _cannot_read(source, error) from error
     except (ConnectionError, OSError) as error:
         raise UserError(f"--dataset {source}: {OFFLINE}") from error
     missing = {"train", "test"} - set(splits)
@@ -179,8 +183,18 @@ def _read_files(folder: Path) -> dict[str, Dataset]:
         if not file.stat().st_size:
             raise UserError(f"--dataset {folder}: {file.name} is empty")
         builder, options = FILE_BUILDERS[file.suffix]
-        splits[split] = load_dataset(builder, data_files=str(file), split="train", **options)
+        try:
+            splits[split] = load_dataset(builder, data_files=str(file), split="train", **options)
+        except (*UNREADABLE, OSError) as error:
+            raise _cannot_read(f"{folder}: {file.name}", error) from error
     return splits
+
+
+def _cannot_read(source: str, error: Exception) -> UserError:
+    reason = " ".join(str(error.__cause__ or error).split())  # in one line
+    if "corresponds to no data" in reason:  # what `datasets` says of zero rows
+        reason = "it has no reviews"
+    return UserError(f"--dataset {source}: cannot be read ({reason})")
 
 
 def _is_acl_imdb(path: Path) -> bool:
@@ -192,8 +206,12 @@ def _read_acl_imdb(path: Path, split: str) -> Dataset:
     return Dataset.from_generator(
         _acl_imdb_rows,
         features=Features(text=Value("string"), label=ClassLabel(names=["neg", "pos"])),
-        # The time of the last change is part of the cache's key.
-        gen_kwargs={"path": str(path.resolve()), "split": split, "changed": path.stat().st_mtime_ns},
+        # The times of the last changes are part of the cache's key; a folder's own tells nothing of the files in it.
+        gen_kwargs={
+            "path": str(path.resolve()),
+            "split": split,
+            "changed": sum(part.stat().st_mtime_ns for part in (path, *path.glob(f"{split}/[np]*/*"))),
+        },
     )
 
 
@@ -202,13 +220,15 @@ def _acl_imdb_rows(path: str, split: str, changed: int) -> Iterator[dict]:
     if Path(path).is_dir():
         for name in ("neg", "pos"):
             for file in sorted(Path(path, split, name).glob("*.txt")):
-                yield {"text": file.read_text(encoding="utf-8"), "label": name}
+                yield {"text": file.read_bytes().decode(), "label": name}  # read_text would change line ends
         return
     with tarfile.open(path) as archive:
         for member in archive:
             parts = PurePosixPath(member.name).parts  # aclImdb/train/pos/0_9.txt
             if parts[-3:-2] == (split,) and parts[-2] in ("neg", "pos") and member.isfile():
                 yield {"text": archive.extractfile(member).read().decode(), "label": parts[-2]}
+        while archive.fileobj.read(2**20):  # to gzip's checksum: tarfile takes a damaged header for the archive's end
+            pass
 
 
 def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dataset]:
@@ -223,13 +243,17 @@ def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dat
         if not len(rows):
             raise UserError(f"--dataset {source}: the {split} split is empty")
         for column in ("text", "label"):
-            if None in rows[column][:]:
-                row = rows[column][:].index(None)
+            missing = (None, -1) if isinstance(rows.features[column], ClassLabel) else (None,)
+            row = next((row for row, value in enumerate(rows[column][:]) if value in missing), None)
+            if row is not None:
                 raise UserError(f"--dataset {source}: row {row} of the {split} split has no {column}")
-        if not isinstance(rows[0]["text"], str):
+        if {type(text) for text in rows["text"][:]} != {str}:
             raise UserError(f"--dataset {source}: column `text` of the {split} split is not text")
-        if not isinstance(rows[0]["label"], (int, str)):
+        if {type(label) for label in rows["label"][:]} not in ({int}, {bool}, {str}):
             raise UserError(f"--dataset {source}: column `label` of the {split} split is neither integers nor text")
+    train, test = (rows.features["label"] for rows in splits.values())
+    if isinstance(train, ClassLabel) and isinstance(test, ClassLabel) and train.names != test.names:
+        raise UserError(f"--dataset {source}: numbers the classes {train.names} in train and {test.names} in test")
 
     classes = sorted(set(splits["train"]["label"][:]))
     if len(classes) < 2:

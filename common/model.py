@@ -27,7 +27,8 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
         raise UserError(f"--model {name}: {reason}") from error
     if config.is_encoder_decoder:
         raise UserError(f"--model {name}: {config.model_type} is an encoder-decoder; needs an encoder or a decoder")
-    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))
+    positions = getattr(config, "max_position_embeddings", -1)  # of XLNet -1: any number
+    longest = min(tokenizer.model_max_length, positions if positions > 0 else max_length)
     shortest = tokenizer.num_special_tokens_to_add() + 1
     if not shortest <= max_length <= longest:
         raise UserError(f"--max_length {max_length}: {name} takes {shortest} to {longest} tokens")

@@ -1,201 +1,187 @@
-"""Records: what a run leaves in results.json, and `python -m common.report`, which writes the READMEs' tables."""
+"""`python -m common.report` writes the figures into the READMEs, from the records alone.
 
-import dataclasses
-import gc
-import hashlib
-import importlib.metadata
+A README names what it wants between two comments, `<!-- results A B -->` and `<!-- end -->`: here the comparison of
+the folders A and B. Whatever stands between them is replaced. The root's README also gets common/comparison.png.
+"""
+
 import json
-import os
-import platform
-import shutil
+import re
 import statistics
-import subprocess
-import sys
-import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-from datasets import DatasetDict
-from transformers import Trainer
-from transformers.utils import cached_file
-
-from common.cli import UserError
-from common.files import shown, write_json
-from common.metrics import peak_memory, split_memory
-from common.model import count_parameters
-from common.plotting import draw_bar_chart, draw_line_chart
+from common.plotting import draw_comparison
+from common.record import percent
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft", "bitsandbytes")
+BLOCK = re.compile(r"(?P<start><!-- (?P<name>\w+)(?P<folders>[^>]*) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+UNMEASURED = "_Not measured yet: no run on the full data has been recorded._\n"
 
 
-def start_seed(config, seed: int) -> tuple[Path, dict | None]:
-    """Folder of this seed's checkpoints and model, and its record if an earlier run finished it and `--resume` is on.
-
-    Without `--resume` what an earlier run left in the folder is removed. Raises UserError where the run to resume
-    had other flags.
-    """
-    folder = Path(config.output_dir) / f"seed_{seed}"
-    flags = dataclasses.asdict(config) | {"seeds": None, "resume": None}
-    if config.resume and (folder / "flags.json").exists():
-        before = json.loads((folder / "flags.json").read_text())
-        changed = [name for name in flags if flags[name] != before.get(name)]
-        if changed:
-            name = changed[0]
-            raise UserError(f"--resume: the interrupted run had --{name} {before.get(name)}, not {flags[name]}")
-        if (folder / "run.json").exists():
-            return folder, json.loads((folder / "run.json").read_text())
-        return folder, None
-    state = PartialState()
-    if state.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_json(flags, folder / "flags.json")
-    state.wait_for_everyone()
-    gc.collect()  # the model and the trainer of the seed before hold on to each other, and to memory
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    return folder, None
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; the first column is text, the others are figures."""
+    header = list(header)
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: float) -> dict:
-    """One seed's entry of `runs`, from the trainer after training; also left as run.json for `--resume`.
-
-    test, untrained_test: scores of the chosen and of the untrained model. started: time.perf_counter() at the start.
-    """
-    epochs = {}
-    for entry in trainer.state.log_history:
-        epoch = epochs.setdefault(round(entry["epoch"]), {"epoch": round(entry["epoch"])})
-        names = {
-            "eval_train_accuracy": "train_accuracy",
-            "eval_validation_accuracy": "validation_accuracy",
-            "eval_validation_f1": "validation_f1",
-            "eval_validation_loss": "validation_loss",
-            "eval_train_loss": "train_loss",
-            "seconds": "seconds",
-        }
-        epoch |= {name: entry[key] for key, name in names.items() if key in entry}
-    epochs = [epochs[number] | {"seconds": epochs[number].get("seconds", 0.0)} for number in sorted(epochs)]
-    train_seconds = trainer.stored_seconds + sum(epoch["seconds"] for epoch in epochs)
-    folder = Path(trainer.args.output_dir)
-    trainable, total = count_parameters(trainer.model)
-    peak = peak_memory()
-    record = {
-        "seed": trainer.args.seed,
-        "epochs": epochs,
-        # The first of the best, as Trainer chooses it; epoch 0 is no candidate.
-        "best_epoch": max(epochs[1:], key=lambda epoch: epoch["validation_accuracy"])["epoch"],
-        "untrained_test": {name: untrained_test[name] for name in ("accuracy", "f1")},
-        "test": test,
-        "train_seconds": train_seconds,
-        "train_reviews_per_second": len(trainer.train_dataset) * (len(epochs) - 1) / train_seconds,
-        "total_seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak,
-        "memory_bytes": split_memory(trainer.model, trainer.optimizer, peak),
-        "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")),
-        "padding_percent": trainer.padding_percent(),
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-    }
-    if trainer.is_world_process_zero():
-        write_json(record, folder / "run.json")
-    return record
+def read(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def report_results(folder: Path, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
-    """Write results.json, draw the charts, print what came out; returns the record.
-
-    They go beside the script in `folder` after a full run, else under `--output_dir`: a partial run never replaces
-    a published chart.
-    """
-    partial = config.demo or config.max_train_samples or config.max_test_samples
-    place = Path(config.output_dir) if partial or config.output_dir != str(folder / "runs") else folder
-    record = make_record(folder.name, config, data, fingerprint, runs)
-    if not PartialState().is_main_process:
-        return record
-    write_json(record, place / "results.json")
-    draw_bar_chart(record, place / "bar_chart.png")
-    draw_line_chart(record, place / "line_chart.png")
-    print(f"Charts:   {place / 'bar_chart.png'}, {place / 'line_chart.png'}")
-    print(f"Record:   {place / 'results.json'}")
-    print(f"Models:   {', '.join(str(Path(config.output_dir) / f'seed_{seed}' / 'model') for seed in config.seeds)}")
-    accuracy, f1 = (percent(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
-    print(f"Test accuracy {accuracy}, F1 {f1} (percent, mean ± sd over {len(runs)} seeds)")
-    if config.demo:
-        print("This was the demo, on generated reviews with a tiny model: its figures mean nothing.")
-    return record
+def spread(summary: dict, scale: float, digits: int) -> str:
+    """Mean ± sd, divided by `scale`."""
+    sd = "" if summary["sd"] is None else f" ± {summary['sd'] / scale:.{digits}f}"
+    return f"{summary['mean'] / scale:.{digits}f}{sd}"
 
 
-def percent(summary: dict) -> str:
-    """ "92.4 ± 0.1" from a mean and a standard deviation that are fractions."""
-    spread = "" if summary["sd"] is None else f" ± {100 * summary['sd']:.1f}"
-    return f"{100 * summary['mean']:.1f}{spread}"
+def warm_speed(record: dict) -> float:
+    """Training reviews per second from the second seed on; the first pays for loading kernels."""
+    runs = record["runs"][1:] or record["runs"]
+    return statistics.mean(run["train_reviews_per_second"] for run in runs)
 
 
-def make_record(method: str, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
-    """The content of results.json."""
-    trainable, total = runs[0]["trainable_parameters"], runs[0]["total_parameters"]
-    values = {
-        "test_accuracy": [run["test"]["accuracy"] for run in runs],
-        "test_f1": [run["test"]["f1"] for run in runs],
-        "accuracy_gain": [run["test"]["accuracy"] - run["untrained_test"]["accuracy"] for run in runs],
-        "train_seconds": [run["train_seconds"] for run in runs],
-        "peak_memory_bytes": [run["peak_memory_bytes"] for run in runs],
-    }
-    truncated = data["train"]["truncated"][:]
-    return {
-        "method": method,
-        "command": " ".join(["python", f"{method}/train.py", *map(shown, sys.argv[1:])]),
-        "config": {
-            name: shown(value) if isinstance(value, str) else value
-            for name, value in dataclasses.asdict(config).items()
-        },
-        "model": {
-            "name": shown(config.model),
-            "revision": config.model_revision,
-            "weights_sha256": weights_sha256(config.model, config.model_revision),
-            "total_parameters": total,
-            "trainable_parameters": trainable,
-            "trainable_percent": 100 * trainable / total,
-        },
-        "dataset": {
-            "name": shown(config.dataset),
-            "revision": config.dataset_revision,
-            "sha256": fingerprint,
-            **{split: len(rows) for split, rows in data.items()},
-            "truncated_percent": 100 * sum(truncated) / len(truncated),
-        },
-        "environment": environment(),
-        "runs": runs,
-        "summary": {
-            name: {
-                "mean": statistics.mean(numbers),
-                "sd": statistics.stdev(numbers) if len(numbers) > 1 else None,
-            }
-            for name, numbers in values.items()
-        },
-    }
+def results(root: Path, folders: list[str]) -> str:
+    """The methods side by side, best test accuracy first, then what they are compared with."""
+    records = [record for folder in folders if (record := read(root / folder / "results.json"))]
+    references = read(root / "common" / "references.json")
+    rows = [
+        [
+            f"[{record['method']}]({record['method']}/README.md)",
+            f"{record['model']['trainable_parameters']:,} ({record['model']['trainable_percent']:.2f}%)",
+            percent(record["summary"]["test_accuracy"]),
+            percent(record["summary"]["test_f1"]),
+            percent(record["summary"]["accuracy_gain"]),
+            spread(record["summary"]["peak_memory_bytes"], 1e9, 2),
+            spread(record["summary"]["train_seconds"], 1, 1),
+            f"{warm_speed(record):,.0f}",
+            f"{record['runs'][0]['checkpoint_bytes'] / 1e6:.1f}",
+        ]
+        for record in sorted(records, key=lambda record: -record["summary"]["test_accuracy"]["mean"])
+    ]
+    if references:
+        rows += [[name, "", f"{100 * value:.1f}", *[""] * 6] for name, value in references["accuracy"].items()]
+    header = "method,trainable parameters,test accuracy,F1,gain,peak memory (GB),training (s),reviews/s,saved (MB)"
+    note = "" if len(records) == len(folders) else UNMEASURED + "\n"
+    if records:
+        seeds, gpu = len(records[0]["runs"]), records[0]["environment"]["gpu"] or "a CPU"
+        note += f"Percent where nothing else is said, mean ± sd over {seeds} seeds, on one {gpu}.\n\n"
+    if records and len(records) == len(folders):
+        note = "![comparison of the methods](common/comparison.png)\n\n" + note
+    return note + (table(header.split(","), rows) if rows else "")
 
 
-def weights_sha256(name: str, revision: str | None) -> str | None:
-    """SHA-256 of the backbone's file of weights; None where they are spread over several files."""
-    file = cached_file(name, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+def charts(root: Path, folders: list[str]) -> str:
+    """The pairs of charts, a row for each method."""
+    rows = [
+        [f"![{folder}: accuracy and F1]({folder}/bar_chart.png)", f"![{folder}: epochs]({folder}/line_chart.png)"]
+        for folder in folders
+        if (root / folder / "results.json").exists()
+    ]
+    return table(["before and after", "across epochs"], rows).replace("---:", "---") if rows else UNMEASURED
 
 
-def environment() -> dict:
-    """Hardware, versions, and the commit of the code: from git, or where there is no history from SOURCE_COMMIT."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    changes = subprocess.run([*git, "status", "--porcelain", "*.py"], capture_output=True, text=True, check=False)
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
-        "commit": commit or os.environ.get("SOURCE_COMMIT"),
-        "dirty": bool(changes.stdout) if commit else None,
-    }
+def result(folder: Path, _: list[str]) -> str:
+    """One method's runs: a row for each seed, then mean ± sd."""
+    record = read(folder / "results.json")
+    if not record:
+        return UNMEASURED
+    rows = [
+        [
+            f"seed {run['seed']}",
+            run["best_epoch"],
+            f"{100 * run['epochs'][run['best_epoch']]['validation_accuracy']:.2f}",
+            f"{100 * run['test']['accuracy']:.2f}",
+            f"{100 * run['test']['f1']:.2f}",
+            f"{run['train_seconds']:.1f}",
+            f"{run['train_reviews_per_second']:,.0f}",
+            f"{run['peak_memory_bytes'] / 1e9:.2f}",
+        ]
+        for run in record["runs"]
+    ]
+    summary = record["summary"]
+    rows.append(
+        [
+            "**mean ± sd**", "", "", spread(summary["test_accuracy"], 0.01, 2), spread(summary["test_f1"], 0.01, 2),
+            spread(summary["train_seconds"], 1, 1), "", spread(summary["peak_memory_bytes"], 1e9, 2),
+        ]
+    )  # fmt: skip
+    header = "run,chosen epoch,validation accuracy,test accuracy,test F1,training (s),reviews/s,peak memory (GB)"
+    sizes, environment = record["dataset"], record["environment"]
+    return (
+        f"`{record['command']}` on {environment['gpu'] or environment['cpu']}, torch {environment['torch']}, "
+        f"transformers {environment['transformers']}, commit {environment['commit'][:10]}. "
+        f"{sizes['train']:,} training, {sizes['validation']:,} validation and {sizes['test']:,} test reviews. "
+        f"Before training: accuracy {100 * statistics.mean(r['untrained_test']['accuracy'] for r in record['runs']):.1f}"
+        f".\n\n{table(header.split(','), rows)}"
+    )
+
+
+def sweep(folder: Path, _: list[str]) -> str:
+    """What validation said of the hyperparameters and of the choices written into the script."""
+    text = ""
+    for file in ("sweep.json", "variants.json"):
+        if record := read(folder / file):
+            names = [name for name in record["results"][0] if name not in ("validation_accuracy", "validation_loss")]
+            names.remove("best_epoch")
+            rows = [
+                [
+                    *(row[name] for name in names),
+                    f"{100 * row['validation_accuracy']:.2f}",
+                    f"{row['validation_loss']:.4f}",
+                ]
+                for row in record["results"]
+            ]
+            text += f"`{record['command']}`\n\n{table([*names, 'validation accuracy', 'validation loss'], rows)}\n"
+    return text or UNMEASURED
+
+
+def benchmark(root: Path, _: list[str]) -> str:
+    """The usual recipe against ours, on every machine that tests/benchmark.py ran on."""
+    text = ""
+    for file in sorted((root / "tests").glob("benchmark_*.json")):
+        record = read(file)
+        rows = [
+            [
+                name,
+                f"{statistics.median(sides['usual']['reviews_per_second']):,.1f}",
+                f"{statistics.median(sides['ours']['reviews_per_second']):,.1f}",
+                "{median:.1f} ({min:.1f} to {max:.1f})".format(**sides["ratio"]),
+                f"{statistics.median(sides['usual']['peak_memory_bytes']) / 1e9:.2f}",
+                f"{statistics.median(sides['ours']['peak_memory_bytes']) / 1e9:.2f}",
+                f"{100 * sides['share_of_floor']:.0f}%",
+            ]
+            for name, sides in record["methods"].items()
+        ]
+        header = "method,usual (reviews/s),ours (reviews/s),ratio (range),usual (GB),ours (GB),of the hardware's limit"
+        device = record["environment"]["gpu"] or f"CPU ({record['environment']['cpu']})"
+        text += f"{device}: `{record['command']}`\n\n{table(header.split(','), rows)}\n"
+    return text or UNMEASURED
+
+
+BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
+    function.__name__: function for function in (results, charts, result, sweep, benchmark)
+}
+
+
+def render(text: str, folder: Path) -> str:
+    """The README `text` of `folder` with its blocks written anew."""
+    return BLOCK.sub(
+        lambda block: block["start"] + BLOCKS[block["name"]](folder, block["folders"].split()) + block["end"], text
+    )
+
+
+def main(root: Path = ROOT) -> None:
+    """Write every README's figures, and the comparison chart once all its methods have a record."""
+    for readme in [root / "README.md", *sorted(root.glob("*/README.md"))]:
+        text = readme.read_text()
+        readme.write_text(render(text, readme.parent))
+        for block in BLOCK.finditer(text):
+            records = [read(root / folder / "results.json") for folder in block["folders"].split()]
+            references = read(root / "common" / "references.json")
+            if block["name"] == "results" and all(records) and references:
+                draw_comparison(records, references["accuracy"], root / "common" / "comparison.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -62,7 +62,7 @@ from common.data import load_reviews, stratified_rows, tokenize
 from common.files import shown, write_json
 from common.metrics import peak_memory, synchronize
 from common.model import compute_dtype, load_tokenizer, transformer_blocks
-from common.report import environment
+from common.record import environment
 from NEW_HEAD.train import Config
 
 METHODS = ("NEW_HEAD", "LAST_LAYER", "PEFT_LORA", "PEFT_QLORA")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.files import shown, write_json
-from common.report import environment
+from common.record import environment
 
 
 def variants(method) -> dict[str, contextlib.AbstractContextManager]:

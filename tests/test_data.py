@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -20,6 +21,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from common import data
 from common.cli import UserError
 from common.data import in_validation, load_reviews, stratified_rows, tokenize, training_sample
+from common.hub import prefer_cache_without_network
 from common.model import load_tokenizer
 
 FILES = ("parquet", "csv", "tsv", "jsonl")
@@ -378,6 +380,26 @@ def test_hub_data_set(monkeypatch):
     assert pairs(reviews["train"], reviews["validation"]) == pairs(TRAIN)
     del splits["test"]
     assert refuse("organisation/films").endswith("has no test split; it has: train, unsupervised")
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_hub_is_asked_once_whether_it_is_there(monkeypatch, demo, reachable):
+    asked = []
+
+    def repo_info(self, name, **options):
+        asked.append((name, options["revision"], options["repo_type"]))
+        if not reachable:
+            raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+    for offline in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(offline, "HF_HUB_OFFLINE", False)
+    load_reviews(str(demo[1]))
+    load_tokenizer(str(demo[0]), None, 64)
+    assert not asked, "local folders need no Hub"
+    prefer_cache_without_network("organisation/films", "v1", "dataset")
+    assert asked == [("organisation/films", "v1", "dataset")]
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is datasets.config.HF_HUB_OFFLINE is not reachable
 
 
 @pytest.mark.parametrize("source", ["stanfordnlp/imdb", "films", "aclImdb_v1.tar.gz"])

@@ -1,0 +1,201 @@
+"""Records: what a run leaves in results.json, beside the charts drawn from it."""
+
+import dataclasses
+import gc
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import DatasetDict
+from transformers import Trainer
+from transformers.utils import cached_file
+
+from common.cli import UserError
+from common.files import shown, write_json
+from common.metrics import peak_memory, split_memory
+from common.model import count_parameters
+from common.plotting import draw_bar_chart, draw_line_chart
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft", "bitsandbytes")
+
+
+def start_seed(config, seed: int) -> tuple[Path, dict | None]:
+    """Folder of this seed's checkpoints and model, and its record if an earlier run finished it and `--resume` is on.
+
+    Without `--resume` what an earlier run left in the folder is removed. Raises UserError where the run to resume
+    had other flags.
+    """
+    folder = Path(config.output_dir) / f"seed_{seed}"
+    flags = dataclasses.asdict(config) | {"seeds": None, "resume": None}
+    if config.resume and (folder / "flags.json").exists():
+        before = json.loads((folder / "flags.json").read_text())
+        changed = [name for name in flags if flags[name] != before.get(name)]
+        if changed:
+            name = changed[0]
+            raise UserError(f"--resume: the interrupted run had --{name} {before.get(name)}, not {flags[name]}")
+        if (folder / "run.json").exists():
+            return folder, json.loads((folder / "run.json").read_text())
+        return folder, None
+    state = PartialState()
+    if state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(flags, folder / "flags.json")
+    state.wait_for_everyone()
+    gc.collect()  # the model and the trainer of the seed before hold on to each other, and to memory
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return folder, None
+
+
+def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: float) -> dict:
+    """One seed's entry of `runs`, from the trainer after training; also left as run.json for `--resume`.
+
+    test, untrained_test: scores of the chosen and of the untrained model. started: time.perf_counter() at the start.
+    """
+    epochs = {}
+    for entry in trainer.state.log_history:
+        epoch = epochs.setdefault(round(entry["epoch"]), {"epoch": round(entry["epoch"])})
+        names = {
+            "eval_train_accuracy": "train_accuracy",
+            "eval_validation_accuracy": "validation_accuracy",
+            "eval_validation_f1": "validation_f1",
+            "eval_validation_loss": "validation_loss",
+            "eval_train_loss": "train_loss",
+            "seconds": "seconds",
+        }
+        epoch |= {name: entry[key] for key, name in names.items() if key in entry}
+    epochs = [epochs[number] | {"seconds": epochs[number].get("seconds", 0.0)} for number in sorted(epochs)]
+    train_seconds = trainer.stored_seconds + sum(epoch["seconds"] for epoch in epochs)
+    folder = Path(trainer.args.output_dir)
+    trainable, total = count_parameters(trainer.model)
+    peak = peak_memory()
+    record = {
+        "seed": trainer.args.seed,
+        "epochs": epochs,
+        # The first of the best, as Trainer chooses it; epoch 0 is no candidate.
+        "best_epoch": max(epochs[1:], key=lambda epoch: epoch["validation_accuracy"])["epoch"],
+        "untrained_test": {name: untrained_test[name] for name in ("accuracy", "f1")},
+        "test": test,
+        "train_seconds": train_seconds,
+        "train_reviews_per_second": len(trainer.train_dataset) * (len(epochs) - 1) / train_seconds,
+        "total_seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak,
+        "memory_bytes": split_memory(trainer.model, trainer.optimizer, peak),
+        "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")),
+        "padding_percent": trainer.padding_percent(),
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+    }
+    if trainer.is_world_process_zero():
+        write_json(record, folder / "run.json")
+    return record
+
+
+def report_results(folder: Path, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
+    """Write results.json, draw the charts, print what came out; returns the record.
+
+    They go beside the script in `folder` after a full run, else under `--output_dir`: a partial run never replaces
+    a published chart.
+    """
+    partial = config.demo or config.max_train_samples or config.max_test_samples
+    place = Path(config.output_dir) if partial or config.output_dir != str(folder / "runs") else folder
+    record = make_record(folder.name, config, data, fingerprint, runs)
+    if not PartialState().is_main_process:
+        return record
+    write_json(record, place / "results.json")
+    draw_bar_chart(record, place / "bar_chart.png")
+    draw_line_chart(record, place / "line_chart.png")
+    print(f"Charts:   {place / 'bar_chart.png'}, {place / 'line_chart.png'}")
+    print(f"Record:   {place / 'results.json'}")
+    print(f"Models:   {', '.join(str(Path(config.output_dir) / f'seed_{seed}' / 'model') for seed in config.seeds)}")
+    accuracy, f1 = (percent(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
+    print(f"Test accuracy {accuracy}, F1 {f1} (percent, mean ± sd over {len(runs)} seeds)")
+    if config.demo:
+        print("This was the demo, on generated reviews with a tiny model: its figures mean nothing.")
+    return record
+
+
+def percent(summary: dict) -> str:
+    """ "92.4 ± 0.1" from a mean and a standard deviation that are fractions."""
+    spread = "" if summary["sd"] is None else f" ± {100 * summary['sd']:.1f}"
+    return f"{100 * summary['mean']:.1f}{spread}"
+
+
+def make_record(method: str, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
+    """The content of results.json."""
+    trainable, total = runs[0]["trainable_parameters"], runs[0]["total_parameters"]
+    values = {
+        "test_accuracy": [run["test"]["accuracy"] for run in runs],
+        "test_f1": [run["test"]["f1"] for run in runs],
+        "accuracy_gain": [run["test"]["accuracy"] - run["untrained_test"]["accuracy"] for run in runs],
+        "train_seconds": [run["train_seconds"] for run in runs],
+        "peak_memory_bytes": [run["peak_memory_bytes"] for run in runs],
+    }
+    truncated = data["train"]["truncated"][:]
+    return {
+        "method": method,
+        "command": " ".join(["python", f"{method}/train.py", *map(shown, sys.argv[1:])]),
+        "config": {
+            name: shown(value) if isinstance(value, str) else value
+            for name, value in dataclasses.asdict(config).items()
+        },
+        "model": {
+            "name": shown(config.model),
+            "revision": config.model_revision,
+            "weights_sha256": weights_sha256(config.model, config.model_revision),
+            "total_parameters": total,
+            "trainable_parameters": trainable,
+            "trainable_percent": 100 * trainable / total,
+        },
+        "dataset": {
+            "name": shown(config.dataset),
+            "revision": config.dataset_revision,
+            "sha256": fingerprint,
+            **{split: len(rows) for split, rows in data.items()},
+            "truncated_percent": 100 * sum(truncated) / len(truncated),
+        },
+        "environment": environment(),
+        "runs": runs,
+        "summary": {
+            name: {
+                "mean": statistics.mean(numbers),
+                "sd": statistics.stdev(numbers) if len(numbers) > 1 else None,
+            }
+            for name, numbers in values.items()
+        },
+    }
+
+
+def weights_sha256(name: str, revision: str | None) -> str | None:
+    """SHA-256 of the backbone's file of weights; None where they are spread over several files."""
+    file = cached_file(name, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+
+
+def environment() -> dict:
+    """Hardware, versions, and the commit of the code: from git, or where there is no history from SOURCE_COMMIT."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run(
+        [*git, "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    changes = subprocess.run([*git, "status", "--porcelain", "*.py"], capture_output=True, text=True, check=False)
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        "commit": commit or os.environ.get("SOURCE_COMMIT"),
+        "dirty": bool(changes.stdout) if commit else None,
+    }
