@@ -4,7 +4,7 @@ Trains: the last Transformer block, and the head (for a BERT-type backbone its p
 Frozen: the embeddings and all other blocks. No gradient flows into them, so they cost a forward pass only.
 
 Run:   python LAST_LAYER/train.py
-Demo:  python LAST_LAYER/train.py --demo    (no network, no GPU, half a minute)
+Demo:  python LAST_LAYER/train.py --demo    (no network, no GPU, under half a minute)
 """
 
 import sys

@@ -5,7 +5,7 @@ Frozen: every Transformer block and the embeddings. They run without dropout, so
         same in every epoch: ReviewTrainer sends it through once and trains the head on what came out.
 
 Run:   python NEW_HEAD/train.py
-Demo:  python NEW_HEAD/train.py --demo    (no network, no GPU, half a minute)
+Demo:  python NEW_HEAD/train.py --demo    (no network, no GPU, under half a minute)
 """
 
 import sys

@@ -4,7 +4,7 @@ Trains: for every query and value projection W a low-rank update B·A, used as W
 Frozen: the backbone, W included. The updates can be merged into W later, so inference costs nothing extra.
 
 Run:   python PEFT_LORA/train.py
-Demo:  python PEFT_LORA/train.py --demo    (no network, no GPU, half a minute)
+Demo:  python PEFT_LORA/train.py --demo    (no network, no GPU, under half a minute)
 """
 
 import sys

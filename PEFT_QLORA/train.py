@@ -4,7 +4,7 @@ Trains: for every query and value projection W a low-rank update B·A, used as W
 Frozen: the backbone, W included, its blocks stored as 4-bit NormalFloat (NF4) with double quantization.
 
 Run:   python PEFT_QLORA/train.py
-Demo:  python PEFT_QLORA/train.py --demo    (no network, no GPU, half a minute)
+Demo:  python PEFT_QLORA/train.py --demo    (no network, no GPU, under half a minute)
 """
 
 import sys
@@ -79,13 +79,7 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    from common.model import (
-        attention_projections,
-        compute_dtype,
-        head_modules,
-        keep_trainable_after_evaluation,
-        local_device,
-    )
+    from common.model import attention_projections, compute_dtype, head_modules, keep_trainable_after_evaluation
 
     with torch.device("meta"):  # the structure alone, to find the head in before any weight is quantized
         skeleton = AutoModelForSequenceClassification.from_config(
@@ -103,7 +97,7 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
         revision=config.model_revision,
         dtype=torch.float32,  # what trains stays in fp32; mixed precision computes in fewer bits
         quantization_config=quantization,
-        device_map={"": local_device()},  # "auto" would put every process on the first GPU
+        device_map={"": PartialState().device},  # "auto" would put every process on the same GPUs
         output_loading_info=True,
         **labels,
     )

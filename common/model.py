@@ -1,6 +1,5 @@
 """The parts of a pretrained classifier, found by its structure: head, blocks, precision, preflight."""
 
-import os
 import re
 from pathlib import Path
 
@@ -56,15 +55,6 @@ def mixed_precision() -> str:
 def compute_dtype() -> torch.dtype:
     """The type of `mixed_precision`."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[mixed_precision()]
-
-
-def local_device() -> torch.device:
-    """The GPU of this process, or the CPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
 
 
 def transformer_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

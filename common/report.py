@@ -108,13 +108,18 @@ def result(folder: Path, _: list[str]) -> str:
     )  # fmt: skip
     header = "run,chosen epoch,validation accuracy,test accuracy,test F1,training (s),reviews/s,peak memory (GB)"
     sizes, environment = record["dataset"], record["environment"]
+    untrained = statistics.mean(run["untrained_test"]["accuracy"] for run in record["runs"])
     return (
         f"`{record['command']}` on {environment['gpu'] or environment['cpu']}, torch {environment['torch']}, "
         f"transformers {environment['transformers']}, commit {environment['commit'][:10]}. "
         f"{sizes['train']:,} training, {sizes['validation']:,} validation and {sizes['test']:,} test reviews. "
-        f"Before training: accuracy {100 * statistics.mean(r['untrained_test']['accuracy'] for r in record['runs']):.1f}"
-        f".\n\n{table(header.split(','), rows)}"
+        f"Before training: accuracy {100 * untrained:.1f}.\n\n{table(header.split(','), rows)}"
     )
+
+
+def chart(folder: Path, names: list[str]) -> str:
+    """The chart of that name, once it has been drawn."""
+    return "".join(f"![{name}]({name})\n" for name in names if (folder / name).exists()) or UNMEASURED
 
 
 def sweep(folder: Path, _: list[str]) -> str:
@@ -160,7 +165,7 @@ def benchmark(root: Path, _: list[str]) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
-    function.__name__: function for function in (results, charts, result, sweep, benchmark)
+    function.__name__: function for function in (results, charts, result, chart, sweep, benchmark)
 }
 
 

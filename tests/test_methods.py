@@ -24,7 +24,6 @@ from common.model import (
     count_parameters,
     head_modules,
     label_config,
-    local_device,
     mixed_precision,
     trainable_state,
 )
@@ -192,11 +191,20 @@ def test_trap_7_4_bit_layers_compute_in_that_type(backbones, monkeypatch):
     assert types == {torch.bfloat16}
 
 
-def test_trap_8_every_process_has_its_own_gpu(monkeypatch):
-    assert local_device() == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert local_device() == torch.device("cuda", 1)
+def test_trap_8_every_process_loads_onto_its_own_gpu(backbones, monkeypatch):
+    method, asked = import_method("PEFT_QLORA"), {}
+
+    class Loader(method.AutoModelForSequenceClassification):
+        @classmethod
+        def from_pretrained(cls, *args, **kwargs):
+            asked.update(kwargs)
+            raise InterruptedError
+
+    monkeypatch.setattr(method, "AutoModelForSequenceClassification", Loader)
+    monkeypatch.setattr(method.PartialState(), "device", torch.device("cuda", 1))
+    with pytest.raises(InterruptedError):
+        build(method, backbones["bert"])
+    assert asked["device_map"] == {"": torch.device("cuda", 1)}
 
 
 def test_trap_12_the_seed_decides_what_is_drawn(method, backbones):

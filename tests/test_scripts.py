@@ -162,6 +162,9 @@ for folder in map(Path, sys.argv[1:]):
         model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **names).eval()
     else:
         model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    for part in model.modules():  # or else bitsandbytes infers in bf16 on the CPUs that can
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
     inputs = tokenizer("The plot is dull, but the acting saves it.", return_tensors="pt")
     with torch.no_grad():
         print([model.config.id2label[0], model.config.id2label[1], *model(**inputs).logits[0].tolist()])
@@ -190,7 +193,7 @@ def test_trap_13_a_fresh_process_has_the_same_logits_and_label_names(tmp_path, m
     for line, logits in zip(result.stdout.splitlines(), chosen, strict=True):
         negative, positive, *fresh = ast.literal_eval(line)
         assert (negative, positive) == ("negative", "positive")
-        assert fresh == pytest.approx(logits, rel=1e-2, abs=1e-3)
+        assert fresh == pytest.approx(logits, abs=1e-4)
 
 
 def test_a_finished_run_is_not_repeated_by_resume(method, demos, monkeypatch):
@@ -204,7 +207,7 @@ def test_a_finished_run_is_not_repeated_by_resume(method, demos, monkeypatch):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(method, tmp_path, monkeypatch):
-    flags = ["--demo", "--epochs", "3", "--output_dir"]
+    flags = ["--demo", "--epochs", "3", "--max_train_samples", "600", "--max_test_samples", "100", "--output_dir"]
     whole = method.main([*flags, str(tmp_path / "whole")])
     trainer_class = method.ReviewTrainer
 
@@ -236,7 +239,8 @@ def test_traps_10_and_12_test_reviews_wait_and_a_seed_repeats(method, tmp_path, 
         return predict(self, reviews, *args, **kwargs)
 
     monkeypatch.setattr(method.ReviewTrainer, "predict", watched)
-    flags = ["--demo", "--epochs", "1", "--seeds", "3", "--max_test_samples", "60", "--output_dir"]
+    flags = ["--demo", "--epochs", "1", "--seeds", "3", "--max_train_samples", "600", "--max_test_samples", "60"]
+    flags.append("--output_dir")
     first, again = (method.main([*flags, str(tmp_path / str(number))])["runs"][0] for number in range(2))
     assert looks == [(True, 60)] * 4
     assert first["test"] == again["test"]
