@@ -33,9 +33,12 @@ PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft
 def start_seed(config, seed: int) -> tuple[Path, dict | None]:
     """Folder of this seed's checkpoints and model, and its record if an earlier run finished it and `--resume` is on.
 
-    Without `--resume` what an earlier run left in the folder is removed. Raises UserError where the run to resume
-    had other flags.
+    Without `--resume` what an earlier run left in the folder is removed. The measuring of peak memory starts here.
+    Raises UserError where the run to resume had other flags.
     """
+    gc.collect()  # the model and the trainer of the seed before hold on to each other, and to memory
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     folder = Path(config.output_dir) / f"seed_{seed}"
     flags = dataclasses.asdict(config) | {"seeds": None, "resume": None}
     if config.resume and (folder / "flags.json").exists():
@@ -53,9 +56,6 @@ def start_seed(config, seed: int) -> tuple[Path, dict | None]:
         folder.mkdir(parents=True)
         write_json(flags, folder / "flags.json")
     state.wait_for_everyone()
-    gc.collect()  # the model and the trainer of the seed before hold on to each other, and to memory
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     return folder, None
 
 

@@ -185,7 +185,8 @@ def test_trap_13_a_fresh_process_has_the_same_logits_and_label_names(tmp_path, m
 
         with monkeypatch.context() as patch:
             patch.setattr(method.ReviewTrainer, "predict", keep_logits)
-            method.main(["--demo", "--epochs", "1", "--output_dir", str(tmp_path / name)])
+            flags = ["--demo", "--epochs", "1", "--max_train_samples", "600", "--max_test_samples", "60"]
+            method.main([*flags, "--output_dir", str(tmp_path / name)])
         folders.append(tmp_path / name / "seed_0" / "model")
     result = run("-c", RELOAD, *folders)
     assert result.returncode == 0, result.stderr
@@ -251,9 +252,12 @@ def test_traps_10_and_12_test_reviews_wait_and_a_seed_repeats(method, tmp_path, 
 
 def test_a_partial_run_leaves_published_charts_alone(method, tmp_path, demo, monkeypatch):
     monkeypatch.setattr(method, "FOLDER", tmp_path / "METHOD")
-    flags = ["--model", str(demo[0]), "--dataset", str(demo[1]), "--max_length", "32", "--epochs", "1"]
+    for split in ("train", "test"):
+        rows = (demo[1] / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows[:: len(rows) // 250]))
+    flags = ["--model", str(demo[0]), "--dataset", str(tmp_path), "--max_length", "32", "--epochs", "1"]
     flags += ["--seeds", "0", "--batch_size", "64"]
-    method.main([*flags, "--max_train_samples", "300"])
+    method.main([*flags, "--max_train_samples", "200"])
     assert not (tmp_path / "METHOD" / "results.json").exists()
     assert (tmp_path / "METHOD" / "runs" / "results.json").exists()
     method.main([*flags, "--output_dir", str(tmp_path / "elsewhere")])
