@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ DEMO_SETTINGS = {
     "dataset_revision": None,
     "max_length": 64,
     "batch_size": 32,
+    "gradient_accumulation_steps": 1,
     "learning_rate": 2e-3,
     "seeds": [0],
 }
@@ -51,6 +53,10 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
         parser.set_defaults(**DEMO_SETTINGS, model=str(model), dataset=str(data))
         config = _parse(parser, argv)
     config.output_dir = output_dir
+    if config.gradient_accumulation_steps is None:
+        # On a CPU the activations of a few reviews stay in its caches, and out of the operating system's hands.
+        steps = 1 if torch.accelerator.is_available() else max(1, config.batch_size // 16)
+        config.gradient_accumulation_steps = math.gcd(steps, config.batch_size // processes())
     for name in ("model", "dataset"):  # the default revision belongs to the default repository
         revision = f"{name}_revision"
         if getattr(config, name) != parser.get_default(name) and getattr(config, revision) == parser.get_default(
@@ -81,7 +87,7 @@ def check(config) -> None:
             raise UserError(f"--{field.name} {value}: must be a finite number greater than 0")
     if any(not 0 <= seed < 2**32 for seed in config.seeds) or len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"--seeds {' '.join(map(str, config.seeds))}: must be different integers from 0 to 2**32 - 1")
-    parts = config.gradient_accumulation_steps * processes()
+    parts = (config.gradient_accumulation_steps or 1) * processes()
     if config.batch_size % parts:
         raise UserError(
             f"--batch_size {config.batch_size}: must be a multiple of {parts}, the accumulation steps times processes"

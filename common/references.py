@@ -39,7 +39,7 @@ class Config:
     max_length: int = HfArg(default=512, help="Tokens per review.")
     epochs: int = HfArg(default=5, help="Passes over the training reviews; validation chooses the best of them.")
     batch_size: int = HfArg(default=128, help="Reviews per update of the weights.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Steps that share one update.")
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="Steps that share one update.")
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Of full fine-tuning, one run for each.")
     learning_rate: float = HfArg(default=1e-4, help="Of full fine-tuning.")
     output_dir: str | None = HfArg(default=None, help="Not used: nothing but the record is kept.")

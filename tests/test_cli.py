@@ -259,3 +259,19 @@ def test_decoder_without_padding_token_gets_one(tmp_path, demo):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes((Path(demo[0]) / "config.json").read_bytes())
     assert load_tokenizer(str(tmp_path), None, 64).pad_token == "[SEP]"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "flags", "steps"),
+    [
+        (True, "", 1),
+        (False, "", 8),
+        (False, "--batch_size 12", 1),
+        (False, "--batch_size 50", 1),
+        (False, "--gradient_accumulation_steps 2", 2),
+        (True, "--gradient_accumulation_steps 4", 4),
+    ],
+)
+def test_a_cpu_takes_smaller_steps(gpu, flags, steps, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: gpu)
+    assert parse(flags).gradient_accumulation_steps == steps
