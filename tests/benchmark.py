@@ -13,8 +13,8 @@ evaluation and saving; of ours with the copy of the tokens to the device and, wh
 through them. Peak memory is what tensors took on the GPU, or on a CPU the whole process in RAM.
 
 The floor is the time that the counted work takes at the speed of a large matrix product, or of a large copy if that is
-longer; both are measured on the spot, in the precision of our runs. For reviews of l tokens (no padding), in batches,
-and L blocks of hidden size h, with P weights in their matrices, of w bytes each, and activations of a bytes:
+longer; both are measured on the spot, in the precision of our runs. For reviews of l tokens, without padding, and L
+blocks of hidden size h with P weights in their matrices, weights of w bytes and activations of a bytes:
 
     forward     2 P l + 4 L h l^2 operations a review (matrices, attention); w P bytes a batch (the weights once) and
                 2 L h a l bytes a review (what enters and what leaves a block)
@@ -152,13 +152,9 @@ def ours(job: dict, reviews: Dataset, folder: Path) -> float:
     tokenizer = load_tokenizer(job["model"], job["revision"], job["max_length"])
     evaluated = load_from_disk(job["evaluated"])
     data = tokenize(DatasetDict(train=reviews, validation=evaluated, test=evaluated), tokenizer, job["max_length"])
-    config = method.Config(
-        model=job["model"],
-        model_revision=job["revision"],
-        max_length=job["max_length"],
-        epochs=job["epochs"],
-        output_dir=str(folder),
-    )
+    flags = ["--model", job["model"], "--max_length", str(job["max_length"]), "--epochs", str(job["epochs"])]
+    config = parse_config(method.Config, folder, [*flags, "--output_dir", str(folder)])
+    config.model_revision = job["revision"]
     with patch.object(method, "ReviewTrainer", TimedTrainer):
         record = method.train(config, 0, tokenizer, data, reviews.features["label"].names)
     return sum(preparing) + sum(epoch["seconds"] for epoch in record["epochs"])
@@ -344,7 +340,7 @@ def main() -> None:
                 speed = statistics.median(methods[method]["ours"]["reviews_per_second"])
                 methods[method]["share_of_floor"] = speed / methods[method]["floor_reviews_per_second"]
         grown = growth(args.methods, job, tokenizer, Path(folder)) if args.growth else []
-    settings = {"model": shown(args.model), "dataset": shown(args.dataset), "reviews": args.reviews}
+    settings = {"model": shown(args.model), "dataset": shown(args.dataset), "reviews": len(reviews)}
     settings |= {"epochs": args.epochs, "max_length": args.max_length, "rounds": args.rounds}
     words = [f"--{name} {value}" for name, value in settings.items()] + ["--growth"] * args.growth
     content = {
