@@ -28,6 +28,7 @@ def write_json(content: dict, path: Path) -> None:
 
 
 def shown(name: str) -> str:
-    """`name` as others may read it: of a path on this machine, its last part."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.exists() else name
+    """`name` as others may read it: of a path on this machine, its last part; also in the form --flag=path."""
+    flag, equals, value = name.rpartition("=")
+    path = Path(value).expanduser()
+    return f"{flag}{equals}{path.resolve().name}" if value and path.exists() else name

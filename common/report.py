@@ -157,6 +157,7 @@ def benchmark(root: Path, _: list[str]) -> str:
                 f"{100 * sides['share_of_floor']:.0f}%",
             ]
             for name, sides in record["methods"].items()
+            if "error" not in sides
         ]
         header = "method,usual (reviews/s),ours (reviews/s),ratio (range),usual (GB),ours (GB),of the hardware's limit"
         device = record["environment"]["gpu"] or f"CPU ({record['environment']['cpu']})"

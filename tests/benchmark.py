@@ -139,15 +139,22 @@ def ours(job: dict, reviews: Dataset, folder: Path) -> float:
     method = importlib.import_module(f"{job['method']}.train")
     preparing = []  # seconds
 
+    def timed(work, argument):
+        synchronize()
+        start = time.perf_counter()
+        result = work(argument)
+        synchronize()
+        preparing.append(time.perf_counter() - start)
+        return result
+
     class TimedTrainer(method.ReviewTrainer):
-        def batches_of(self, reviews):
-            synchronize()
-            start = time.perf_counter()
-            batches = super().batches_of(reviews)
-            synchronize()
-            if reviews is self.train_dataset:
-                preparing.append(time.perf_counter() - start)
-            return batches
+        def tensors_of(self, reviews):
+            work = super().tensors_of
+            return timed(work, reviews) if reviews is self.train_dataset else work(reviews)
+
+        def run_blocks(self, tensors):
+            work = super().run_blocks
+            return timed(work, tensors) if tensors is super().tensors_of(self.train_dataset) else work(tensors)
 
     tokenizer = load_tokenizer(job["model"], job["revision"], job["max_length"])
     evaluated = load_from_disk(job["evaluated"])

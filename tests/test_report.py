@@ -7,6 +7,7 @@ import pytest
 from conftest import METHODS, ROOT
 
 from common import report
+from common.files import shown
 
 README = "Before.\n<!-- results B A -->\nold\n<!-- end -->\nBetween.\n<!-- charts B A -->\n<!-- end -->\nAfter.\n"
 METHOD_README = (
@@ -145,3 +146,10 @@ def test_the_benchmark_table(project):
     text = report.render("<!-- benchmark -->\n<!-- end -->", project)
     assert "G1: `python b`" in text
     assert "| A | 11.0 | 11.0 | 4.2 (4.0 to 4.5) | 1.00 | 1.00 | 31% |" in text
+
+
+def test_paths_are_not_published(tmp_path):
+    assert shown(str(tmp_path)) == tmp_path.name
+    assert shown(f"--dataset={tmp_path}") == f"--dataset={tmp_path.name}"
+    for word in ("stanfordnlp/imdb", "--demo", "5e-4", "--learning_rate=5e-4", ""):
+        assert shown(word) == word

@@ -101,11 +101,25 @@ def run_all(*flags, **environment) -> dict[str, subprocess.CompletedProcess]:
     return {name: job.result() for name, job in jobs.items()}
 
 
+HELP = """
+import runpy, sys
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        print("exit status", end.code)
+"""
+
+
 def test_help():
-    for result in run_all("--help").values():
-        assert result.returncode == 0
-        for flag in ("--model_revision", "--max-length", "--seeds", "--resume", "--demo", "--learning_rate"):
-            assert flag in result.stdout
+    result = run("-c", HELP, *SCRIPTS)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("exit status 0") == 4
+    for text in ("--model_revision", "--max-length", "--seeds", "--resume", "--demo", "--learning_rate", "Frozen:"):
+        assert result.stdout.count(text) >= 4
+    for name in METHODS:
+        assert f"python {name}/train.py" in result.stdout
 
 
 @pytest.fixture(scope="module")
