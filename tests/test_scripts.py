@@ -282,22 +282,21 @@ def test_a_partial_run_leaves_published_charts_alone(method, tmp_path, demo, mon
     }
 
 
-def test_errors_end_in_one_line(tmp_path):
-    result = run("PEFT_LORA/train.py", "--model", tmp_path / "nowhere")
-    assert result.returncode == 1
-    assert result.stdout == ""
-    (line,) = result.stderr.strip().splitlines()[-1:]
-    assert line.startswith(f"error: --model {tmp_path / 'nowhere'}")
-    assert "Traceback" not in result.stderr
-
-
-def test_without_network_and_cache_the_ways_out_are_named(tmp_path):
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    result = run("PEFT_LORA/train.py", **environment)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    for way in ("cache", "--model", "--dataset", "--demo"):
-        assert way in result.stderr.splitlines()[-1]
+def test_errors_end_in_one_line_that_names_the_ways_out(tmp_path):
+    no_network = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    with ThreadPoolExecutor(2) as pool:
+        missing = pool.submit(run, "PEFT_LORA/train.py", "--model", tmp_path / "nowhere")
+        unreachable = pool.submit(run, "PEFT_LORA/train.py", **no_network)
+    for result, model in (
+        (missing.result(), tmp_path / "nowhere"),
+        (unreachable.result(), "sentence-transformers/all-MiniLM-L6-v2"),
+    ):
+        assert result.returncode == 1
+        assert result.stdout == ""
+        assert "Traceback" not in result.stderr
+        line = result.stderr.splitlines()[-1]
+        assert line.startswith(f"error: --model {model}: ")
+        assert all(way in line for way in ("cache", "--model", "--dataset", "--demo"))
 
 
 def test_nothing_else_at_the_top():
