@@ -121,7 +121,8 @@ def report_results(folder: Path, config, data: DatasetDict, fingerprint: str, ru
     print(f"Record:   {place / 'results.json'}")
     print(f"Models:   {', '.join(str(Path(config.output_dir) / f'seed_{seed}' / 'model') for seed in config.seeds)}")
     accuracy, f1 = (percent(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
-    print(f"Test accuracy {accuracy}, F1 {f1} (percent, mean ± sd over {len(runs)} seeds)")
+    over = f"mean ± sd over {len(runs)} seeds" if len(runs) > 1 else "one seed"
+    print(f"Test accuracy {accuracy}, F1 {f1} (percent, {over})")
     if config.demo:
         print("This was the demo, on generated reviews with a tiny model: its figures mean nothing.")
     return record
