@@ -35,10 +35,11 @@ class FrozenBlocks:
         """Find the token, first or last, whose output alone gives the model's own logits. False: neither does."""
         self.model.eval()
         device = self.model.device
-        tokens = torch.randint(self.model.config.vocab_size, (4, 12), generator=torch.Generator().manual_seed(0))
-        tokens[tokens == self.model.config.pad_token_id] += 1
+        vocabulary, padding = self.model.config.vocab_size, self.model.config.pad_token_id
+        tokens = torch.randint(vocabulary, (4, 12), generator=torch.Generator().manual_seed(0))
+        tokens[tokens == padding] = (padding + 1) % vocabulary
         mask = (torch.arange(12) < torch.tensor([[12], [9], [6], [3]])).long()
-        tokens = tokens.masked_fill(mask == 0, self.model.config.pad_token_id)
+        tokens = tokens.masked_fill(mask == 0, padding)
         batch = {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
         logits = self.model(**batch).logits
         for self.read_place in (0, -1):

@@ -206,5 +206,5 @@ def mean_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch=None) -
 
 
 def as_it_is(batch):
-    """`ReviewTensors` gives whole batches; module level so that it can be pickled."""
+    """In place of a collate function: the data set gives whole batches already."""
     return batch

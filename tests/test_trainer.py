@@ -134,6 +134,16 @@ def test_training_on_stored_outputs_is_training_the_frozen_model(backbones, toke
         torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-3, atol=1e-4)
 
 
+def test_padding_with_the_last_token_of_the_vocabulary_is_no_obstacle(backbones):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(backbones["llama"]).requires_grad_(False)
+    for vocabulary in range(2, 6):  # small enough for the probe to draw the padding token
+        model.config.vocab_size, model.config.pad_token_id = vocabulary, vocabulary - 1
+        model.model.embed_tokens = torch.nn.Embedding(vocabulary, model.config.hidden_size).requires_grad_(False)
+        assert FrozenBlocks.of(model) is not None
+
+
 def test_a_head_that_reads_every_token_is_not_stored(backbones):
     from transformers import AutoModelForSequenceClassification
 
