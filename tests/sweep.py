@@ -55,7 +55,8 @@ def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     name, grid_flags, flags = sys.argv[1], sys.argv[2:split], sys.argv[split + 1 :]
     method = importlib.import_module(f"{name}.train")
-    if grid_flags == ["--variants"]:
+    kind = "variants" if grid_flags == ["--variants"] else "sweep"
+    if kind == "variants":
         datasets.disable_caching()  # the cache does not see that a function was replaced
         jobs = [({"variant": title}, [], change) for title, change in variants(method).items()]
     else:
@@ -64,7 +65,7 @@ def main() -> None:
         jobs = [(chosen, list(itertools.chain(*chosen.items())), contextlib.nullcontext()) for chosen in combinations]
     results = []
     for number, (title, arguments, change) in enumerate(jobs):
-        folder = ROOT / name / "runs" / "sweep" / str(number)
+        folder = ROOT / name / "runs" / kind / str(number)
         with change:
             record = method.main([*flags, *arguments, "--output_dir", str(folder)])
         best = [run["epochs"][run["best_epoch"]] for run in record["runs"]]
@@ -78,8 +79,7 @@ def main() -> None:
         )
         print(results[-1], flush=True)
         content = {"command": " ".join(["python", "tests/sweep.py", *map(shown, sys.argv[1:])]), "results": results}
-        target = "variants.json" if grid_flags == ["--variants"] else "sweep.json"
-        write_json(content | {"environment": environment()}, ROOT / name / target)
+        write_json(content | {"environment": environment()}, ROOT / name / f"{kind}.json")
 
 
 if __name__ == "__main__":
