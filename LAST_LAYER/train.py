@@ -115,7 +115,7 @@ def train(config: Config, seed: int, tokenizer, data, classes: list[str]) -> dic
         fp16=precision == "fp16",
         eval_on_start=True,  # epoch 0 of the chart
         eval_strategy="epoch",
-        per_device_eval_batch_size=4 * config.batch_size // config.gradient_accumulation_steps,
+        per_device_eval_batch_size=2 * config.batch_size // config.gradient_accumulation_steps,
         save_strategy="epoch",
         save_total_limit=2,  # the best and the last
         load_best_model_at_end=True,

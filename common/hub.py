@@ -1,5 +1,7 @@
 """The Hub, asked once: loading by name tries for half a minute before it says that there is no network."""
 
+import warnings
+
 import datasets
 import huggingface_hub
 
@@ -18,3 +20,4 @@ def prefer_cache_without_network(name: str, revision: str | None, kind: str) -> 
         huggingface_hub.HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10)
     except Exception:  # the errors of huggingface_hub's HTTP library, which changes with its version
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        warnings.filterwarnings("ignore", "Could not find a config file")  # PEFT's, at every save without the Hub

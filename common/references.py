@@ -117,7 +117,7 @@ def full_fine_tuning(config: Config, seed: int, tokenizer, data: DatasetDict, cl
             fp16=mixed_precision() == "fp16",
             eval_on_start=True,
             eval_strategy="epoch",
-            per_device_eval_batch_size=4 * config.batch_size // config.gradient_accumulation_steps,
+            per_device_eval_batch_size=2 * config.batch_size // config.gradient_accumulation_steps,
             save_strategy="epoch",
             save_total_limit=1,
             load_best_model_at_end=True,

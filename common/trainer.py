@@ -110,6 +110,8 @@ class ReviewTrainer(Trainer):
     """
 
     def __init__(self, *args, **kwargs):
+        # cuDNN's attention takes a tenth of a second to prepare for every new shape, and most batches have their own.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         super().__init__(*args, compute_loss_func=mean_cross_entropy, **kwargs)
         self.on_device, self.stored = {}, {}  # by fingerprint of the data set
         for verbose in (ProgressCallback, PrinterCallback):  # Trainer adds one of them
