@@ -70,7 +70,7 @@ class Config:
     demo: bool = HfArg(default=False, help="Generated reviews and a tiny model: try the whole job out.")
 
     # This method
-    learning_rate: float = HfArg(default=5e-3, help="Peak of the schedule. A head of two layers takes large steps.")
+    learning_rate: float = HfArg(default=2e-2, help="Peak of the schedule. A head of two layers takes large steps.")
 
 
 def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str]]:

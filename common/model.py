@@ -126,7 +126,7 @@ def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) ->
             part.p = 0.0
 
 
-def keep_trainable_after_evaluation(model: nn.Module) -> None:
+def keep_trainable(model: nn.Module) -> None:
     """Let 4-bit layers train on a CPU with AVX512-BF16, where bitsandbytes (0.50) repacks their weights at the first
     evaluation into a form that has no backward pass."""
     for part in model.modules():

@@ -95,7 +95,7 @@ class LengthGroupedBatches(Sampler):
     def __iter__(self):
         random = np.random.default_rng((self.seed, self.epoch))
         # A few tokens of noise give a review other neighbours in every epoch, for about 1% of padding.
-        by_length = np.argsort(self.lengths + random.uniform(0, 8, len(self.lengths)))
+        by_length = np.argsort(self.lengths + random.uniform(0, 4, len(self.lengths)))
         batches = np.array_split(by_length, self.updates)
         for update in random.permutation(self.updates):
             for part in np.array_split(random.permutation(batches[update]), self.steps):
