@@ -69,7 +69,7 @@ class Config:
     demo: bool = HfArg(default=False, help="Generated reviews and a tiny model: try the whole job out.")
 
     # This method
-    learning_rate: float = HfArg(default=5e-4, help="Peak of the schedule.")
+    learning_rate: float = HfArg(default=1e-3, help="Peak of the schedule.")
 
 
 def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str]]:

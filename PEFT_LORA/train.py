@@ -80,7 +80,7 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
     """The model, and the names of its newly initialised weights."""
     from peft import LoraConfig, get_peft_model
 
-    from common.model import attention_projections, head_modules, switch_off_dropout
+    from common.model import attention_projections, head_modules
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         config.model,
@@ -89,7 +89,6 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
         output_loading_info=True,
         **labels,
     )
-    switch_off_dropout(model.base_model)  # it is for weights that train, and takes a fifth of the time
     lora = LoraConfig(
         task_type="SEQ_CLS",  # without it PEFT neither trains nor saves the head
         r=config.lora_r,

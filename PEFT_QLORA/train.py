@@ -81,7 +81,7 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    from common.model import attention_projections, compute_dtype, head_modules, keep_trainable, switch_off_dropout
+    from common.model import attention_projections, compute_dtype, head_modules, keep_trainable
 
     with torch.device("meta"):  # the structure alone, to find the head in before any weight is quantized
         skeleton = AutoModelForSequenceClassification.from_config(
@@ -106,7 +106,6 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
     # PEFT checkpoints activations here unless told not to: slower, and no fair comparison with LoRA.
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     keep_trainable(model)
-    switch_off_dropout(model.base_model)  # it is for weights that train, and takes a fifth of the time
     lora = LoraConfig(
         task_type="SEQ_CLS",  # without it PEFT neither trains nor saves the head
         r=config.lora_r,

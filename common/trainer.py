@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import AttentionMaskInterface, PrinterCallback, ProgressCallback, Trainer
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.utils import logging
 
 from common.frozen import FrozenBlocks
@@ -23,7 +24,8 @@ class ReviewTensors(Dataset):
     """Tokenised reviews on `device`; a list of rows gives one padded batch, with no copy from the host's memory.
 
     reviews: columns `input_ids` (lists of tokens), `labels` (int). A batch has `input_ids` and `attention_mask` of
-    shape (rows, longest of them) and `labels` of shape (rows,).
+    shape (rows, width) and `labels` of shape (rows,). The width is the longest row's, rounded up so that there are at
+    most 32 different ones.
     """
 
     def __init__(self, reviews: datasets.Dataset, pad_token_id: int, device: torch.device):
@@ -36,11 +38,16 @@ class ReviewTensors(Dataset):
         self.token_counts = torch.tensor(self.lengths, device=device)
         self.labels = torch.tensor(columns["labels"].to_numpy(), device=device)
 
+    def width(self, rows: list[int]) -> int:
+        longest = self.input_ids.shape[1]
+        step = math.ceil(longest / 32)
+        return min(longest, step * math.ceil(self.lengths[rows].max() / step))
+
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        width = int(self.lengths[rows].max())  # known on the host: nothing here waits for the device
+        width = self.width(rows)  # known on the host: nothing here waits for the device
         index = torch.tensor(rows).to(self.labels.device, non_blocking=True)
         places = torch.arange(width, device=index.device)
         return {
@@ -94,8 +101,8 @@ class LengthGroupedBatches(Sampler):
 
     def __iter__(self):
         random = np.random.default_rng((self.seed, self.epoch))
-        # A few tokens of noise give a review other neighbours in every epoch, for about 1% of padding.
-        by_length = np.argsort(self.lengths + random.uniform(0, 4, len(self.lengths)))
+        # Reviews of one length change places, so that a review has other neighbours in every epoch.
+        by_length = np.argsort(self.lengths + random.uniform(0, 1, len(self.lengths)))
         batches = np.array_split(by_length, self.updates)
         for update in random.permutation(self.updates):
             for part in np.array_split(random.permutation(batches[update]), self.steps):
@@ -110,8 +117,8 @@ class ReviewTrainer(Trainer):
     """
 
     def __init__(self, *args, **kwargs):
-        # cuDNN's attention takes a tenth of a second to prepare for every new shape, and most batches have their own.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        AttentionMaskInterface.register("sdpa", mask_without_waiting)
         super().__init__(*args, compute_loss_func=mean_cross_entropy, **kwargs)
         self.on_device, self.stored = {}, {}  # by fingerprint of the data set
         for verbose in (ProgressCallback, PrinterCallback):  # Trainer adds one of them
@@ -169,6 +176,14 @@ class ReviewTrainer(Trainer):
 
     get_test_dataloader = get_eval_dataloader
 
+    def training_step(self, *args, **kwargs):
+        """With cuDNN's attention, the fastest here; it takes so long to prepare for a new shape that evaluation, which
+        meets most shapes once, is better off without."""
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        loss = super().training_step(*args, **kwargs)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return loss
+
     def compute_loss(self, model, inputs, **kwargs):
         stored = inputs.pop("stored", None)
         if stored is None:
@@ -190,15 +205,27 @@ class ReviewTrainer(Trainer):
 
     def padding_percent(self) -> float:
         """Share of the tokens in the batches of the first epoch, or of the one pass where blocks are stored."""
-        lengths, size = self.tensors_of(self.train_dataset).lengths, self.args.eval_batch_size
+        tensors, size = self.tensors_of(self.train_dataset), self.args.eval_batch_size
         if self.frozen_blocks:
-            shapes = [np.sort(lengths)[start : start + size] for start in range(0, len(lengths), size)]
+            by_length = np.argsort(tensors.lengths)
+            batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
         else:
-            shapes = [lengths[rows] for rows in self.training_batches()]
-        return 100 * (1 - sum(s.sum() for s in shapes) / sum(s.max() * len(s) for s in shapes))
+            batches = list(self.training_batches())
+        tokens = sum(tensors.lengths[rows].sum() for rows in batches)
+        return 100 * (1 - tokens / sum(tensors.width(rows) * len(rows) for rows in batches))
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer's own count walks over all weights in every step
+
+
+def mask_without_waiting(*args, mask_function=None, attention_mask=None, **kwargs) -> torch.Tensor | None:
+    """transformers' mask for attention, without asking the device in every step whether there is any padding at all.
+
+    attention_mask: (rows, width); for an encoder it is as good as a mask for every pair of tokens.
+    """
+    if mask_function is bidirectional_mask_function and attention_mask is not None:
+        return attention_mask[:, None, None, :]
+    return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
 
 def mean_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:

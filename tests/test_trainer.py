@@ -45,12 +45,27 @@ def test_batches_hold_the_reviews_and_nothing_else(tokens):
     batches = ReviewTensors(tokens["train"], 0, torch.device("cpu"))
     rows = [7, 3, 50]
     batch = batches.__getitems__(rows)
-    assert batch["input_ids"].shape == (3, max(len(tokens["train"][row]["input_ids"]) for row in rows))
+    longest = max(len(tokens["train"][row]["input_ids"]) for row in rows)
+    assert longest <= batches.width(rows) < longest + 2  # of 48 tokens at most
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, batches.width(rows))
     for place, row in enumerate(rows):
         mask = batch["attention_mask"][place].bool()
         assert batch["input_ids"][place][mask].tolist() == tokens["train"][row]["input_ids"]
         assert not batch["input_ids"][place][~mask].any()
         assert batch["labels"][place] == tokens["train"][row]["labels"]
+
+
+def test_batches_have_at_most_32_widths(tokens):
+    long = (
+        tokens["train"]
+        .select(range(100))
+        .map(lambda row, place: {"input_ids": [5] * (1 + 5 * place)}, with_indices=True)
+    )
+    batches = ReviewTensors(long, 0, torch.device("cpu"))
+    widths = {batches.width([row]) for row in range(100)}
+    assert 20 < len(widths) <= 32
+    assert max(widths) == 496
+    assert all(batches.width([row]) < 1 + 5 * row + 16 for row in range(100))
 
 
 def test_every_review_trains_once_per_epoch_in_a_new_order():
@@ -72,9 +87,10 @@ def test_every_review_trains_once_per_epoch_in_a_new_order():
 
 
 def test_padding_stays_under_3_percent_for_lengths_like_imdbs():
-    lengths = np.minimum(np.random.default_rng(0).lognormal(5.4, 0.65, 22_500), 512).astype(int)
+    lengths = np.minimum(np.random.default_rng(0).lognormal(5.45, 0.65, 22_500), 512).astype(int)
     batches = [lengths[rows] for rows in LengthGroupedBatches(lengths, 128, seed=0)]
-    assert 1 - sum(batch.sum() for batch in batches) / sum(batch.max() * len(batch) for batch in batches) < 0.03
+    widths = [16 * np.ceil(batch.max() / 16) for batch in batches]  # as of ReviewTensors
+    assert 1 - lengths.sum() / sum(width * len(batch) for width, batch in zip(widths, batches, strict=True)) < 0.03
 
 
 def test_processes_and_accumulation_steps_share_the_same_global_batches():
@@ -97,7 +113,7 @@ def test_stored_outputs_give_the_models_own_logits(architecture, backbones, toke
     with torch.no_grad():
         for place, row in enumerate(order.tolist()):
             batch = batches.__getitems__([row])
-            logits = trainer.model.eval()(input_ids=batch["input_ids"]).logits[0]
+            logits = trainer.model.eval()(input_ids=batch["input_ids"][:, : batches.lengths[row]]).logits[0]
             # Outputs are stored once for all epochs: by the place of the review, whatever the order.
             stored = trainer.batches_of(tokens["test"]).outputs[row]
             assert torch.equal(stored, trainer.batches_of(tokens["test"]).__getitems__([row])["stored"][0])
@@ -106,6 +122,17 @@ def test_stored_outputs_give_the_models_own_logits(architecture, backbones, toke
                 with trainer.frozen_blocks.replaced_by(stored.unsqueeze(0)):
                     alone = trainer.model(input_ids=batch["input_ids"][:, :1]).logits[0]
                 torch.testing.assert_close(alone, logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_does_not_change_the_logits(architecture, backbones, tokens, tmp_path):
+    trainer = make_trainer("LAST_LAYER", backbones[architecture], tmp_path, tokens)
+    rows = tokens["test"].with_format("torch")[:]["input_ids"]
+    prediction = trainer.predict(tokens["test"])
+    longest_first = np.argsort([-len(ids) for ids in rows], kind="stable")
+    with torch.no_grad():
+        alone = [trainer.model.eval()(input_ids=rows[row].unsqueeze(0)).logits[0] for row in longest_first]
+    torch.testing.assert_close(torch.tensor(prediction.predictions), torch.stack(alone), rtol=1e-3, atol=1e-4)
 
 
 def test_each_review_passes_the_frozen_blocks_once(backbones, tokens, tmp_path):
