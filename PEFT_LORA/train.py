@@ -70,7 +70,7 @@ class Config:
 
     # This method
     learning_rate: float = HfArg(
-        default=2e-3, help="Peak of the schedule. At full fine-tuning's 2e-5 LoRA hardly learns."
+        default=4e-3, help="Peak of the schedule. At full fine-tuning's 2e-5 LoRA hardly learns."
     )
     lora_r: int = HfArg(default=16, help="Rank of every update.")
     lora_alpha: int = HfArg(default=32, help="Updates are scaled by lora_alpha / lora_r.")
