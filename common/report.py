@@ -71,6 +71,38 @@ def results(root: Path, folders: list[str]) -> str:
     return note + (table(header.split(","), rows) if rows else "")
 
 
+def one_pass_speed(record: dict) -> float:
+    """Training reviews per second on their one way through frozen blocks, from the second seed on."""
+    runs = record["runs"][1:] or record["runs"]
+    seconds = statistics.mean(run["train_seconds"] - sum(epoch["seconds"] for epoch in run["epochs"]) for run in runs)
+    return record["dataset"]["train"] / seconds
+
+
+MEASURES: dict[str, tuple[str, int, Callable[[dict], float]]] = {
+    "accuracy": ("percent of the test reviews", 1, lambda record: 100 * record["summary"]["test_accuracy"]["mean"]),
+    "speed": ("training reviews per second", 0, warm_speed),
+    "pass": ("reviews per second through the frozen blocks", 0, one_pass_speed),
+}
+
+
+def aims(root: Path, words: list[str]) -> str:
+    """What was aimed at, and by how much a published figure misses it. words: a measure, then FOLDER=figure, ..."""
+    unit, digits, measure = MEASURES[words[0]]
+    pairs = [
+        (folder, float(figure), read(root / folder / "results.json"))
+        for folder, figure in (word.split("=") for word in words[1:])
+    ]
+    if not all(record for _, _, record in pairs):
+        return UNMEASURED
+    text = ", ".join(f"{folder} {figure:,.{digits}f}" for folder, figure, _ in pairs)
+    missed = [
+        f"{folder} by {figure - measure(record):,.{digits + 1}f}"
+        for folder, figure, record in pairs
+        if measure(record) < figure
+    ]
+    return f"Aimed at, in {unit}: {text}. {'Missed: ' + ', '.join(missed) if missed else 'Reached'}.\n"
+
+
 def charts(root: Path, folders: list[str]) -> str:
     """The pairs of charts, a row for each method."""
     rows = [
@@ -166,7 +198,7 @@ def benchmark(root: Path, _: list[str]) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
-    function.__name__: function for function in (results, charts, result, chart, sweep, benchmark)
+    function.__name__: function for function in (results, aims, charts, result, chart, sweep, benchmark)
 }
 
 

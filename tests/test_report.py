@@ -153,3 +153,19 @@ def test_paths_are_not_published(tmp_path):
     assert shown(f"--dataset={tmp_path}") == f"--dataset={tmp_path.name}"
     for word in ("stanfordnlp/imdb", "--demo", "5e-4", "--learning_rate=5e-4", ""):
         assert shown(word) == word
+
+
+def test_what_was_aimed_at_and_missed_is_said(project):
+    for method in ("A", "B"):
+        (project / method / "results.json").write_text(json.dumps(record(method, [0.91, 0.914])))
+
+    def rendered(words):
+        return report.render(f"<!-- aims {words} -->\n<!-- end -->", project)
+
+    assert "test reviews: A 91.5, B 91.0. Missed: A by 0.30." in rendered("accuracy A=91.5 B=91")
+    assert "per second: A 2,000. Reached." in rendered("speed A=2000")
+    assert "per second: A 2,001. Missed: A by 1.0." in rendered("speed A=2001")
+    # 900 reviews in what 11 seconds leave after three epochs of one second
+    assert "frozen blocks: A 112. Reached." in rendered("pass A=112")
+    assert "frozen blocks: A 113. Missed: A by 0.5." in rendered("pass A=113")
+    assert report.UNMEASURED in rendered("speed A=1 C=1")
