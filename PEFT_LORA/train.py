@@ -158,12 +158,12 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
     with PartialState().local_main_process_first():  # the other processes find its cache
         reviews, fingerprint = load_reviews(
-            config.dataset, config.dataset_revision, config.max_train_samples, config.max_test_samples, config.seeds[0]
+            config.dataset, config.dataset_revision, config.max_train_samples, config.max_test_samples
         )
         data = tokenize(reviews, tokenizer, config.max_length)
     classes = reviews["train"].features["label"].names
     runs = [train(config, seed, tokenizer, data, classes) for seed in config.seeds]
-    return report_results(FOLDER, config, data, fingerprint, runs)
+    return report_results(FOLDER, argv, config, data, fingerprint, runs)
 
 
 if __name__ == "__main__":

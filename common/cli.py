@@ -43,7 +43,8 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     parser = HfArgumentParser(config_class, description=sys.modules[config_class.__module__].__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     config = _parse(parser, argv)
-    output_dir = config.output_dir or str(folder / "runs" / ("demo" if config.demo else ""))
+    subset = getattr(config, "max_train_samples", None) or getattr(config, "max_test_samples", None)
+    output_dir = config.output_dir or str(folder / "runs" / ("demo" if config.demo else "partial" if subset else ""))
     if config.demo:
         from common.demo import build_demo
 

@@ -39,11 +39,10 @@ def load_reviews(
     revision: str | None = None,
     max_train_samples: int | None = None,
     max_test_samples: int | None = None,
-    seed: int = 0,
 ) -> tuple[DatasetDict, str]:
     """Splits "train", "validation" and "test" with columns `text` (str) and `label` (ClassLabel), and a fingerprint.
 
-    source: what `--dataset` takes (see ACCEPTED). max_*_samples: a random, stratified subset drawn with `seed`;
+    source: what `--dataset` takes (see ACCEPTED). max_*_samples: a random, stratified subset, always the same;
     validation is split off what is left of the training reviews. The fingerprint is the SHA-256 of all the training
     and test reviews, before any subset: the same for the same reviews, whatever their order or file format.
     Raises UserError where the source cannot be read or used.
@@ -59,12 +58,12 @@ def load_reviews(
     )
     fingerprint = hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
-    train_rows = stratified_rows(splits["train"]["label"][:], max_train_samples, seed)
+    train_rows = stratified_rows(splits["train"]["label"][:], max_train_samples, seed=0)
     held_out = np.array([in_validation(digests["train"][row]) for row in train_rows])
     data = DatasetDict(
         train=splits["train"].select(train_rows[~held_out]),
         validation=splits["train"].select(train_rows[held_out]),
-        test=splits["test"].select(stratified_rows(splits["test"]["label"][:], max_test_samples, seed)),
+        test=splits["test"].select(stratified_rows(splits["test"]["label"][:], max_test_samples, seed=0)),
     )
     for split, flag in [("train", "train"), ("validation", "train"), ("test", "test")]:
         present = len(set(data[split]["label"][:]))

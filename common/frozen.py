@@ -28,7 +28,10 @@ class FrozenBlocks:
             return None
         if any(weight.requires_grad for weight in frozen.blocks.parameters()):
             return None
-        return frozen if frozen.find_read_place() else None
+        try:
+            return frozen if frozen.find_read_place() else None
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return None  # an architecture whose blocks cannot be left out runs them in every epoch
 
     @torch.no_grad()
     def find_read_place(self) -> bool:

@@ -1,4 +1,4 @@
-"""The parts of a pretrained classifier, found by its structure: head, blocks, precision, preflight."""
+"""The parts of a pretrained classifier, found by its structure: head, blocks, projections; and its precision."""
 
 import re
 from pathlib import Path
@@ -58,18 +58,29 @@ def compute_dtype() -> torch.dtype:
 
 
 def transformer_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the backbone's Transformer blocks, first to last: as many as its config has hidden layers.
+    """Name and list of the backbone's Transformer blocks, first to last: as many as its config has hidden layers, and
+    in them nearly all of its weights but the embeddings.
 
-    Raises UserError where the architecture has no such list (ALBERT shares one block, for example).
+    Raises UserError where the architecture has no such list (ALBERT shares one block, XLM has a list for every part).
     """
     depth = model.config.num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == depth
+            and 4 * _size(module) >= 3 * _size(model.base_model)
+        ):
             return name, module
     raise UserError(
         f"--model: no list of {depth} Transformer blocks was found in {type(model).__name__}; "
         "needs an architecture that keeps its blocks apart"
     )
+
+
+def _size(module: nn.Module) -> int:
+    """Weights of all the matrices in `module` but the embeddings'."""
+    parts = [part for part in module.modules() if not isinstance(part, nn.Embedding)]
+    return sum(weight.numel() for part in parts for weight in part.parameters(recurse=False) if weight.ndim > 1)
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:

@@ -22,10 +22,11 @@ def preflight(config, trainer: ReviewTrainer, new: list[str]) -> None:
     parts = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names) if len(names) > 8 else names
     quantized = sum(hasattr(weight, "quant_state") for weight in model.parameters())
     truncated = trainer.train_dataset["truncated"][:]
+    share = f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"
     lines = {
         "Backbone": f"{shown(config.model)}, revision {config.model_revision or 'as found'}",
-        "Trains": f"{', '.join(parts)}: {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)",
-        "Frozen": f"{total - trainable:,} parameters",
+        "Trains": f"{', '.join(parts)}: {share} in fp32",
+        "Frozen": f"all the rest, {total - trainable:,} parameters",
         "Quantized": f"{quantized} matrices, to 4 bits" if quantized else "nothing",
         "Reviews": f"{len(truncated):,} to train on, {100 * sum(truncated) / len(truncated):.1f}% of them cut to "
         f"{config.max_length} tokens; {trainer.padding_percent():.1f}% of the tokens are padding",

@@ -103,7 +103,9 @@ def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: floa
     return record
 
 
-def report_results(folder: Path, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
+def report_results(
+    folder: Path, argv: list[str] | None, config, data: DatasetDict, fingerprint: str, runs: list[dict]
+) -> dict:
     """Write results.json, draw the charts, print what came out; returns the record.
 
     They go beside the script in `folder` after a full run, else under `--output_dir`: a partial run never replaces
@@ -111,7 +113,7 @@ def report_results(folder: Path, config, data: DatasetDict, fingerprint: str, ru
     """
     partial = config.demo or config.max_train_samples or config.max_test_samples
     place = Path(config.output_dir) if partial or config.output_dir != str(folder / "runs") else folder
-    record = make_record(folder.name, config, data, fingerprint, runs)
+    record = make_record(folder.name, argv, config, data, fingerprint, runs)
     if not PartialState().is_main_process:
         return record
     write_json(record, place / "results.json")
@@ -134,7 +136,9 @@ def percent(summary: dict) -> str:
     return f"{100 * summary['mean']:.1f}{spread}"
 
 
-def make_record(method: str, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
+def make_record(
+    method: str, argv: list[str] | None, config, data: DatasetDict, fingerprint: str, runs: list[dict]
+) -> dict:
     """The content of results.json."""
     trainable, total = runs[0]["trainable_parameters"], runs[0]["total_parameters"]
     values = {
@@ -147,7 +151,7 @@ def make_record(method: str, config, data: DatasetDict, fingerprint: str, runs: 
     truncated = data["train"]["truncated"][:]
     return {
         "method": method,
-        "command": " ".join(["python", f"{method}/train.py", *map(shown, sys.argv[1:])]),
+        "command": " ".join(["python", f"{method}/train.py", *map(shown, sys.argv[1:] if argv is None else argv)]),
         "config": {
             name: shown(value) if isinstance(value, str) else value
             for name, value in dataclasses.asdict(config).items()
@@ -191,7 +195,9 @@ def environment() -> dict:
     commit = subprocess.run(
         [*git, "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    changes = subprocess.run([*git, "status", "--porcelain", "*.py"], capture_output=True, text=True, check=False)
+    changes = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no", "*.py"], capture_output=True, text=True, check=False
+    )
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",

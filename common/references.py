@@ -42,7 +42,7 @@ class Config:
     gradient_accumulation_steps: int | None = HfArg(default=None, help="Steps that share one update.")
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Of full fine-tuning, one run for each.")
     learning_rate: float = HfArg(default=1e-4, help="Of full fine-tuning.")
-    output_dir: str | None = HfArg(default=None, help="Not used: nothing but the record is kept.")
+    output_dir: str | None = HfArg(default=None, help="Where --demo puts what it generates.")
     demo: bool = HfArg(default=False, help="Generated reviews and a tiny model; prints, writes nothing.")
     skip_full_fine_tuning: bool = HfArg(default=False, help="It wants a GPU.")
 
@@ -77,7 +77,7 @@ def tfidf_logistic_regression(data: DatasetDict, vocabulary: int) -> float:
     inputs = {split: features(reviews) for split, reviews in data.items()}
     labels = {split: torch.tensor(reviews["labels"][:]) for split, reviews in data.items()}
     classes = len(labels["train"].unique())
-    accuracies = []
+    fits = []
     for penalty in (1e-6, 3e-6, 1e-5, 3e-5, 1e-4):
         weights = torch.zeros(vocabulary, classes, requires_grad=True)
         bias = torch.zeros(classes, requires_grad=True)
@@ -91,10 +91,12 @@ def tfidf_logistic_regression(data: DatasetDict, vocabulary: int) -> float:
             return value
 
         optimizer.step(loss)
-        with torch.no_grad():
-            right = {s: ((inputs[s] @ weights + bias).argmax(1) == labels[s]).float().mean().item() for s in inputs}
-        accuracies.append((right["validation"], right["test"]))
-    return max(accuracies)[1]
+        fits.append((weights.detach(), bias.detach()))
+
+    def accuracy(split: str, fit: tuple[torch.Tensor, torch.Tensor]) -> float:
+        return ((inputs[split] @ fit[0] + fit[1]).argmax(1) == labels[split]).float().mean().item()
+
+    return accuracy("test", max(fits, key=lambda fit: accuracy("validation", fit)))
 
 
 def full_fine_tuning(config: Config, seed: int, tokenizer, data: DatasetDict, classes: list[str]) -> float:

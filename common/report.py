@@ -65,7 +65,10 @@ def results(root: Path, folders: list[str]) -> str:
     note = "" if len(records) == len(folders) else UNMEASURED + "\n"
     if records:
         seeds, gpu = len(records[0]["runs"]), records[0]["environment"]["gpu"] or "a CPU"
-        note += f"Percent where nothing else is said, mean ± sd over {seeds} seeds, on one {gpu}.\n\n"
+        note += (
+            f"Percent where nothing else is said, mean ± sd over {seeds} seeds, on one {gpu}. The first seed's time "
+        )
+        note += "includes what the libraries prepare once; reviews/s, in all epochs, are of the later seeds.\n\n"
     if records and len(records) == len(folders):
         note = "![comparison of the methods](common/comparison.png)\n\n" + note
     return note + (table(header.split(","), rows) if rows else "")

@@ -135,7 +135,7 @@ def test_fingerprint_is_of_all_the_reviews_and_nothing_else(tmp_path):
     source = write_reviews(tmp_path / "reviews")
     _, fingerprint = load_reviews(source)
     assert len(fingerprint) == 64
-    assert load_reviews(source, max_train_samples=50, max_test_samples=10, seed=3)[1] == fingerprint
+    assert load_reviews(source, max_train_samples=50, max_test_samples=10)[1] == fingerprint
     changes = {
         "text": ([{**TRAIN[0], "text": "another"}, *TRAIN[1:]], TEST),
         "label": ([{**TRAIN[0], "label": 1}, *TRAIN[1:]], TEST),
@@ -278,14 +278,12 @@ def test_subset_of_everything_keeps_the_order(size):
 def test_subsets_of_sorted_reviews(tmp_path):
     source = write_reviews(tmp_path / "reviews", train=make_rows("train", 400), test=make_rows("test", 40))
     everything, _ = load_reviews(source)
-    first, same, other = (
-        load_reviews(source, max_train_samples=200, max_test_samples=10, seed=seed)[0] for seed in (0, 0, 1)
-    )
+    first, same = (load_reviews(source, max_train_samples=200, max_test_samples=10)[0] for _ in range(2))
     labels = [label for _, label in pairs(first["train"], first["validation"])]
     assert labels.count(0) == labels.count(1) == 100
     assert first["test"]["label"][:].count(0) == first["test"]["label"][:].count(1) == 5
     for split in SPLITS:
-        assert pairs(first[split]) == pairs(same[split]) != pairs(other[split])
+        assert pairs(first[split]) == pairs(same[split])
         assert texts(first[split]) < texts(everything[split])
 
 

@@ -81,6 +81,13 @@ def test_the_published_readmes_are_what_the_records_say():
         assert report.BLOCK.search(readme.read_text())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_in_the_text_are_the_records(method):
+    model = json.loads((ROOT / method / "results.json").read_text())["model"]
+    text = (ROOT / method / "README.md").read_text().partition("## Run it")[0]
+    assert f"{model['trainable_parameters']:,}" in text
+
+
 def test_all_methods_have_the_same_headings():
     headings = [
         [line for line in (ROOT / method / "README.md").read_text().splitlines() if line.startswith("## ")]

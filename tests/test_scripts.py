@@ -150,7 +150,13 @@ def test_demo_does_the_whole_job(name, demos):
     assert sum(map(sum, only["test"]["confusion_matrix"])) == record["dataset"]["test"] == 500
     assert sum(only["memory_bytes"].values()) == only["peak_memory_bytes"]
     assert only["checkpoint_bytes"] > 4 * record["model"]["trainable_parameters"]
+    assert only["epochs"][2]["train_loss"] < only["epochs"][0]["train_loss"] - 0.01
+    assert only["train_reviews_per_second"] == pytest.approx(2 * record["dataset"]["train"] / only["train_seconds"])
+    assert 0 < only["padding_percent"] < 30
     assert record["summary"]["test_accuracy"] == {"mean": only["test"]["accuracy"], "sd": None}
+    gain = only["test"]["accuracy"] - only["untrained_test"]["accuracy"]
+    assert record["summary"]["accuracy_gain"] == {"mean": gain, "sd": None}
+    assert gain > 0
     assert len(record["model"]["weights_sha256"]) == len(record["dataset"]["sha256"]) == 64
     for chart in ("bar_chart.png", "line_chart.png"):
         assert (folder / chart).read_bytes().startswith(b"\x89PNG")
@@ -264,7 +270,41 @@ def test_traps_10_and_12_test_reviews_wait_and_a_seed_repeats(method, tmp_path, 
     ]
 
 
-def test_a_partial_run_leaves_published_charts_alone(method, tmp_path, demo, monkeypatch):
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_trainer_is_told_what_the_flags_and_the_gpu_say(precision, tmp_path, monkeypatch):
+    method = importlib.import_module("PEFT_LORA.train")  # the others are alike
+
+    class Told(Exception):
+        pass
+
+    def told(**arguments):
+        raise Told(arguments)
+
+    monkeypatch.setattr(method, "mixed_precision", lambda: precision)
+    monkeypatch.setattr(method, "TrainingArguments", told)
+    flags = [
+        "--demo",
+        "--learning_rate",
+        "0.125",
+        "--epochs",
+        "7",
+        "--batch_size",
+        "64",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    with pytest.raises(Told) as caught:
+        method.main([*flags, "--gradient_accumulation_steps", "4", "--seeds", "5"])
+    (arguments,) = caught.value.args
+    assert (arguments["learning_rate"], arguments["num_train_epochs"], arguments["seed"]) == (0.125, 7, 5)
+    assert arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] == 64
+    assert (arguments["bf16"], arguments["fp16"]) == (precision == "bf16", precision == "fp16")
+    assert arguments["load_best_model_at_end"]
+    assert arguments["metric_for_best_model"] == "validation_accuracy"
+
+
+def test_a_partial_run_leaves_published_charts_alone(tmp_path, demo, monkeypatch):
+    method = importlib.import_module("PEFT_LORA.train")  # the others are alike
     monkeypatch.setattr(method, "FOLDER", tmp_path / "METHOD")
     for split in ("train", "test"):
         rows = (demo[1] / f"{split}.jsonl").read_text().splitlines(keepends=True)
@@ -273,7 +313,7 @@ def test_a_partial_run_leaves_published_charts_alone(method, tmp_path, demo, mon
     flags += ["--seeds", "0", "--batch_size", "64"]
     method.main([*flags, "--max_train_samples", "200"])
     assert not (tmp_path / "METHOD" / "results.json").exists()
-    assert (tmp_path / "METHOD" / "runs" / "results.json").exists()
+    assert (tmp_path / "METHOD" / "runs" / "partial" / "results.json").exists()
     method.main([*flags, "--output_dir", str(tmp_path / "elsewhere")])
     assert not (tmp_path / "METHOD" / "results.json").exists()
     method.main(flags)

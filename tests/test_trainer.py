@@ -8,12 +8,21 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, configure
 from torch.utils.data import Subset
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers import (
+    AutoTokenizer,
+    SqueezeBertConfig,
+    SqueezeBertForSequenceClassification,
+    TrainingArguments,
+    XLMConfig,
+    XLMForSequenceClassification,
+    set_seed,
+)
 
+from common.cli import UserError
 from common.data import load_reviews, tokenize, training_sample
 from common.frozen import FrozenBlocks
 from common.metrics import validation_scores
-from common.model import label_config, trainable_state
+from common.model import label_config, trainable_state, transformer_blocks
 from common.trainer import LengthGroupedBatches, ReviewTensors, ReviewTrainer
 
 
@@ -169,6 +178,21 @@ def test_padding_with_the_last_token_of_the_vocabulary_is_no_obstacle(backbones)
         model.config.vocab_size, model.config.pad_token_id = vocabulary, vocabulary - 1
         model.model.embed_tokens = torch.nn.Embedding(vocabulary, model.config.hidden_size).requires_grad_(False)
         assert FrozenBlocks.of(model) is not None
+
+
+def test_blocks_that_cannot_be_left_out_run_in_every_epoch():
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
+    groups = dict.fromkeys(("q_groups", "k_groups", "v_groups", "intermediate_groups", "output_groups"), 2)
+    config = SqueezeBertConfig(vocab_size=50, hidden_size=16, embedding_size=16, **sizes, **groups)
+    model = SqueezeBertForSequenceClassification(config).requires_grad_(False)
+    assert transformer_blocks(model)[0] == "transformer.encoder.layers"
+    assert FrozenBlocks.of(model) is None
+
+
+def test_lists_of_parts_are_no_blocks():
+    model = XLMForSequenceClassification(XLMConfig(vocab_size=50, emb_dim=16, n_layers=2, n_heads=2))
+    with pytest.raises(UserError, match="no list of 2 Transformer blocks was found in XLM"):
+        transformer_blocks(model)
 
 
 def test_a_head_that_reads_every_token_is_not_stored(backbones):
