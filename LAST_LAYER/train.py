@@ -74,13 +74,14 @@ class Config:
 
 def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str]]:
     """The model, and the names of its newly initialised weights."""
-    from common.model import head_modules, switch_off_dropout, transformer_blocks
+    from common.model import head_modules, new_weights, switch_off_dropout, transformer_blocks
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         config.model,
         revision=config.model_revision,
         dtype=torch.float32,  # what trains stays in fp32; mixed precision computes in fewer bits
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,
     )
     model.requires_grad_(False)
@@ -89,7 +90,7 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
     switch_off_dropout(model.base_model, except_in=blocks[-1])  # frozen blocks compute the same in every epoch
     for name in head_modules(model):
         model.get_submodule(name).requires_grad_(True)
-    return model, list(loading["missing_keys"])
+    return model, new_weights(loading)
 
 
 def train(config: Config, seed: int, tokenizer, data, classes: list[str]) -> dict:

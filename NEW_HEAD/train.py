@@ -75,20 +75,21 @@ class Config:
 
 def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str]]:
     """The model, and the names of its newly initialised weights."""
-    from common.model import head_modules, switch_off_dropout
+    from common.model import head_modules, new_weights, switch_off_dropout
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         config.model,
         revision=config.model_revision,
         dtype=torch.float32,  # what trains stays in fp32; mixed precision computes in fewer bits
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,
     )
     model.requires_grad_(False)
     switch_off_dropout(model.base_model)  # noise in features that cannot adapt to it only hurts
     for name in head_modules(model):
         model.get_submodule(name).requires_grad_(True)
-    return model, list(loading["missing_keys"])
+    return model, new_weights(loading)
 
 
 def train(config: Config, seed: int, tokenizer, data, classes: list[str]) -> dict:

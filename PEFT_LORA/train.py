@@ -80,13 +80,14 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
     """The model, and the names of its newly initialised weights."""
     from peft import LoraConfig, get_peft_model
 
-    from common.model import attention_projections, head_modules
+    from common.model import attention_projections, head_modules, new_weights
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         config.model,
         revision=config.model_revision,
         dtype=torch.float32,  # what trains stays in fp32; mixed precision computes in fewer bits
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,
     )
     lora = LoraConfig(
@@ -97,7 +98,7 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
         modules_to_save=head_modules(model),  # PEFT's default misses the poolers of BERT and DeBERTa
     )
     # The revision is kept with the adapter, which is worthless on another backbone.
-    return get_peft_model(model, lora, revision=config.model_revision), list(loading["missing_keys"])
+    return get_peft_model(model, lora, revision=config.model_revision), new_weights(loading)
 
 
 def train(config: Config, seed: int, tokenizer, data, classes: list[str]) -> dict:

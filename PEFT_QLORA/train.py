@@ -81,7 +81,7 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    from common.model import attention_projections, compute_dtype, head_modules, keep_trainable
+    from common.model import attention_projections, compute_dtype, head_modules, keep_trainable, new_weights
 
     with torch.device("meta"):  # the structure alone, to find the head in before any weight is quantized
         skeleton = AutoModelForSequenceClassification.from_config(
@@ -101,6 +101,7 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
         quantization_config=quantization,
         device_map={"": PartialState().device},  # "auto" would put every process on the same GPUs
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,
     )
     # PEFT checkpoints activations here unless told not to: slower, and no fair comparison with LoRA.
@@ -114,7 +115,7 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
         modules_to_save=head_modules(model),  # PEFT's default misses the poolers of BERT and DeBERTa
     )
     # The revision is kept with the adapter, which is worthless on another backbone.
-    return get_peft_model(model, lora, revision=config.model_revision), list(loading["missing_keys"])
+    return get_peft_model(model, lora, revision=config.model_revision), new_weights(loading)
 
 
 def train(config: Config, seed: int, tokenizer, data, classes: list[str]) -> dict:

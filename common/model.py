@@ -145,6 +145,11 @@ def keep_trainable(model: nn.Module) -> None:
             part.support_avx512bf16_for_cpu = False
 
 
+def new_weights(loading: dict) -> list[str]:
+    """Names of the newly initialised weights, from what `from_pretrained` says of the load."""
+    return [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
+
+
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the weights that train, by name."""
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}

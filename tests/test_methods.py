@@ -137,6 +137,15 @@ def test_trap_2_a_quantized_new_weight_stops_the_run(backbones):
         check_trainable(model, ["bert.encoder.layer.0.output.dense.weight"])
 
 
+def test_a_head_for_other_labels_is_made_anew(method, backbones, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(backbones["bert"], num_labels=3).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(backbones["bert"]).save_pretrained(tmp_path)
+    model, new = build(method, tmp_path)
+    check_trainable(model, new)
+    assert sorted(new) == ["classifier.bias", "classifier.weight"]
+    assert model(torch.arange(5, 15).unsqueeze(0)).logits.shape == (1, 2)
+
+
 @pytest.mark.parametrize("name", ["PEFT_LORA", "PEFT_QLORA"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_traps_2_and_3_the_whole_head_is_saved_with_the_adapter(name, architecture, backbones):
