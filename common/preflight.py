@@ -52,7 +52,7 @@ def trained_parts(module: nn.Module, name: str = "") -> Iterator[str]:
 def check_trainable(model: nn.Module, new: list[str]) -> None:
     """Raise UserError where a newly initialised weight is frozen or quantized, or one would train in few bits.
 
-    new: the missing keys of the load, names in the model as loaded.
+    new: names of the newly initialised weights, in the model as loaded.
     """
     # PEFT trains a copy of a saved module: "classifier.weight" is in "...classifier.modules_to_save.default.weight".
     weights = {

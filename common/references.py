@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> dict:
         runs = [full_fine_tuning(config, seed, tokenizer, data, classes) for seed in config.seeds]
         accuracy["full fine-tuning"] = statistics.mean(runs)
     record = {
-        "command": " ".join(["python -m common.references", *map(shown, sys.argv[1:])]),
+        "command": " ".join(["python -m common.references", *map(shown, sys.argv[1:] if argv is None else argv)]),
         "dataset_sha256": fingerprint,
         "max_length": config.max_length,
         "accuracy": accuracy,

@@ -67,8 +67,8 @@ def results(root: Path, folders: list[str]) -> str:
         seeds, gpu = len(records[0]["runs"]), records[0]["environment"]["gpu"] or "a CPU"
         note += (
             f"Percent where nothing else is said, mean ± sd over {seeds} seeds, on one {gpu}. The first seed's time "
+            "includes what the libraries prepare once; reviews/s, in all epochs, are of the later seeds.\n\n"
         )
-        note += "includes what the libraries prepare once; reviews/s, in all epochs, are of the later seeds.\n\n"
     if records and len(records) == len(folders):
         note = "![comparison of the methods](common/comparison.png)\n\n" + note
     return note + (table(header.split(","), rows) if rows else "")
@@ -143,10 +143,11 @@ def result(folder: Path, _: list[str]) -> str:
     )  # fmt: skip
     header = "run,chosen epoch,validation accuracy,test accuracy,test F1,training (s),reviews/s,peak memory (GB)"
     sizes, environment = record["dataset"], record["environment"]
+    files = " with uncommitted files" if environment["dirty"] else ""
     untrained = statistics.mean(run["untrained_test"]["accuracy"] for run in record["runs"])
     return (
         f"`{record['command']}` on {environment['gpu'] or environment['cpu']}, torch {environment['torch']}, "
-        f"transformers {environment['transformers']}, commit {environment['commit'][:10]}. "
+        f"transformers {environment['transformers']}, commit {environment['commit'][:10]}{files}. "
         f"{sizes['train']:,} training, {sizes['validation']:,} validation and {sizes['test']:,} test reviews. "
         f"Before training: accuracy {100 * untrained:.1f}.\n\n{table(header.split(','), rows)}"
     )

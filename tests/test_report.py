@@ -59,6 +59,7 @@ def record(method: str, accuracies: list[float]) -> dict:
             "torch": "2.13",
             "transformers": "5.23",
             "commit": "0123456789abcdef",
+            "dirty": method == "B",
         },
         "runs": runs,
         "summary": summary,
@@ -133,6 +134,7 @@ def test_tables_hold_the_records_figures(project):
     page = (project / "A" / "README.md").read_text()
     assert "| seed 1 | 2 | 70.00 | 92.00 | 91.00 | 11.0 | 2,000 | 2.50 |" in page
     assert "`python A/train.py` on G1, torch 2.13, transformers 5.23, commit 0123456789." in page
+    assert "commit 0123456789 with uncommitted files." in (project / "B" / "README.md").read_text()
     assert "Before training: accuracy 50.0." in page
     assert "![bar_chart.png](bar_chart.png)" in page
     assert "| 1e-3 | 90.00 | 0.2500 |" in page
