@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -200,9 +201,16 @@ def environment() -> dict:
     )
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "cpu": f"{processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "commit": commit or os.environ.get("SOURCE_COMMIT"),
         "dirty": bool(changes.stdout) if commit else None,
     }
+
+
+def processor() -> str:
+    """The CPU's model where the system tells it, as Linux does on x86, else its architecture."""
+    file = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", file.read_text()) if file.exists() else None
+    return model[1] if model else platform.processor() or platform.machine()
