@@ -132,9 +132,11 @@ def attention_projections(model: PreTrainedModel) -> list[str]:
 def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) -> None:
     """Make frozen parts give the same output in training as in evaluation: Trainer puts all in training mode."""
     kept = set(except_in.modules()) if except_in is not None else set()
-    for part in module.modules():
-        if isinstance(part, nn.Dropout) and part not in kept:
+    for part in set(module.modules()) - kept:
+        if isinstance(part, nn.Dropout):
             part.p = 0.0
+        if isinstance(getattr(part, "attention_dropout", None), float):  # decoders' attention has it as a number
+            part.attention_dropout = 0.0
 
 
 def keep_trainable(model: nn.Module) -> None:

@@ -5,6 +5,8 @@ are over its runs, one per seed; a single run has no sd. Accuracies are fraction
 `*_figure` builds what `draw_*` saves as PNG.
 """
 
+import hashlib
+import json
 import math
 import textwrap
 from collections.abc import Callable, Iterable
@@ -33,7 +35,7 @@ def draw_bar_chart(record: dict, path: str | Path) -> None:
 
     Each run must hold "untrained_test" and "test", both with "accuracy" and "f1".
     """
-    _save(bar_figure(record), path)
+    _save(bar_figure(record), path, record)
 
 
 def draw_line_chart(record: dict, path: str | Path) -> None:
@@ -42,7 +44,7 @@ def draw_line_chart(record: dict, path: str | Path) -> None:
     Each run must hold "best_epoch", which is marked, and "epochs", the same ones in every run, each with
     "epoch", "validation_accuracy" and "train_accuracy".
     """
-    _save(line_figure(record), path)
+    _save(line_figure(record), path, record)
 
 
 def draw_comparison(records: list[dict], references: dict[str, float], path: str | Path) -> None:
@@ -51,7 +53,7 @@ def draw_comparison(records: list[dict], references: dict[str, float], path: str
     Each run must hold "test", "peak_memory_bytes", "memory_bytes" (that peak in its four parts) and
     "train_seconds". `references` maps a label to an accuracy, which becomes a vertical line.
     """
-    _save(comparison_figure(records, references), path)
+    _save(comparison_figure(records, references), path, [records, references])
 
 
 def bar_figure(record: dict) -> Figure:
@@ -145,7 +147,7 @@ def comparison_figure(records: list[dict], references: dict[str, float]) -> Figu
         # The seeds lie below the mean's dot, which would hide them.
         seeds = {"color": BLUE, "alpha": 0.35, "ms": 5, "label": "each seed"}
         accuracy.plot(scores[row], [row + 0.22] * len(runs), "o", **seeds)
-        _label(accuracy, average, row, _plus_minus(100 * average, sd and 100 * sd, 1), above=True)
+        _label(accuracy, average, row, plus_minus(100 * average, sd and 100 * sd, 1), above=True)
 
         trainable = record["model"]["trainable_parameters"]
         parameters.plot(trainable, row, "o", color=BLUE, ms=7)
@@ -160,7 +162,7 @@ def comparison_figure(records: list[dict], references: dict[str, float]) -> Figu
 
         average, sd = _spread(run["train_seconds"] / 60 for run in runs)
         minutes.barh(row, average, 0.45, xerr=sd, color=PALE, capsize=3)
-        _label(minutes, average + (sd or 0), row, _plus_minus(average, sd, 2))
+        _label(minutes, average + (sd or 0), row, plus_minus(average, sd, 2))
 
     # The margins hold the labels, and the dot of an accuracy on the last gridline.
     accuracy.set(xlim=(low, high + 0.01), ylim=(len(records) - 0.5, -0.6))
@@ -259,7 +261,8 @@ def _spread(values: Iterable[float]) -> tuple[float, float | None]:
     return mean(values), stdev(values) if len(values) > 1 else None
 
 
-def _plus_minus(average: float, sd: float | None, decimals: int) -> str:
+def plus_minus(average: float, sd: float | None, decimals: int) -> str:
+    """ "92.4 ± 0.1", or without an sd "92.4"."""
     return f"{average:.{decimals}f}" + ("" if sd is None else f" ± {sd:.{decimals}f}")
 
 
@@ -277,7 +280,12 @@ def _seeds(record: dict) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def digest(drawn: dict | list) -> str:
+    """SHA-256 of what a chart is drawn from; the chart's own metadata keep it as "Record"."""
+    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
+
+
+def _save(figure: Figure, path: str | Path, drawn: dict | list) -> None:
     # Without matplotlib's version in its metadata, a newer one that draws the same leaves the same file.
     with whole_file(path) as temporary:
-        figure.savefig(temporary, metadata={"Software": None})
+        figure.savefig(temporary, metadata={"Software": None, "Record": digest(drawn)})

@@ -25,7 +25,7 @@ from common.cli import UserError
 from common.files import shown, write_json
 from common.metrics import peak_memory, split_memory
 from common.model import count_parameters
-from common.plotting import draw_bar_chart, draw_line_chart
+from common.plotting import draw_bar_chart, draw_line_chart, plus_minus
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft", "bitsandbytes")
@@ -123,7 +123,7 @@ def report_results(
     print(f"Charts:   {place / 'bar_chart.png'}, {place / 'line_chart.png'}")
     print(f"Record:   {place / 'results.json'}")
     print(f"Models:   {', '.join(str(Path(config.output_dir) / f'seed_{seed}' / 'model') for seed in config.seeds)}")
-    accuracy, f1 = (percent(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
+    accuracy, f1 = (spread(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
     over = f"mean ± sd over {len(runs)} seeds" if len(runs) > 1 else "one seed"
     print(f"Test accuracy {accuracy}, F1 {f1} (percent, {over})")
     if config.demo:
@@ -131,10 +131,10 @@ def report_results(
     return record
 
 
-def percent(summary: dict) -> str:
-    """ "92.4 ± 0.1" from a mean and a standard deviation that are fractions."""
-    spread = "" if summary["sd"] is None else f" ± {100 * summary['sd']:.1f}"
-    return f"{100 * summary['mean']:.1f}{spread}"
+def spread(summary: dict, scale: float = 0.01, decimals: int = 1) -> str:
+    """Mean ± sd in units of `scale`: of fractions, percent."""
+    sd = summary["sd"]
+    return plus_minus(summary["mean"] / scale, sd if sd is None else sd / scale, decimals)
 
 
 def make_record(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common.plotting import draw_comparison
-from common.record import percent
+from common.record import spread
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(?P<start><!-- (?P<name>\w+)(?P<folders>[^>]*) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
@@ -29,12 +29,6 @@ def read(path: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def spread(summary: dict, scale: float, digits: int) -> str:
-    """Mean ± sd, divided by `scale`."""
-    sd = "" if summary["sd"] is None else f" ± {summary['sd'] / scale:.{digits}f}"
-    return f"{summary['mean'] / scale:.{digits}f}{sd}"
-
-
 def warm_speed(record: dict) -> float:
     """Training reviews per second from the second seed on; the first pays for loading kernels."""
     runs = record["runs"][1:] or record["runs"]
@@ -49,9 +43,9 @@ def results(root: Path, folders: list[str]) -> str:
         [
             f"[{record['method']}]({record['method']}/README.md)",
             f"{record['model']['trainable_parameters']:,} ({record['model']['trainable_percent']:.2f}%)",
-            percent(record["summary"]["test_accuracy"]),
-            percent(record["summary"]["test_f1"]),
-            percent(record["summary"]["accuracy_gain"]),
+            spread(record["summary"]["test_accuracy"]),
+            spread(record["summary"]["test_f1"]),
+            spread(record["summary"]["accuracy_gain"]),
             spread(record["summary"]["peak_memory_bytes"], 1e9, 2),
             spread(record["summary"]["train_seconds"], 1, 1),
             f"{warm_speed(record):,.0f}",

@@ -16,6 +16,7 @@ from transformers import AttentionMaskInterface, PrinterCallback, ProgressCallba
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.utils import logging
 
+from common.cli import UserError
 from common.frozen import FrozenBlocks
 from common.metrics import EpochProgress, synchronize
 
@@ -86,9 +87,15 @@ class LengthGroupedBatches(Sampler):
 
     lengths: tokens per review. Every global batch, of at most `batch_size` reviews, is dealt out to `steps`
     accumulation steps and in each of them to `processes` processes; this one takes the share of `process`.
+    Raises UserError where there are too few reviews for every step to get one.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, steps=1, process=0, processes=1):
+        if len(lengths) < steps * processes:
+            raise UserError(
+                f"--gradient_accumulation_steps {steps}: {len(lengths)} training reviews are too few to have one in "
+                f"every step of {processes} processes; needs {steps * processes} or more"
+            )
         self.lengths, self.seed, self.epoch = lengths, seed, 0
         self.updates = math.ceil(len(lengths) / batch_size)
         self.steps, self.process, self.processes = steps, process, processes

@@ -23,11 +23,6 @@ def read_bytes(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    return build_demo(tmp_path_factory.mktemp("demo"))
-
-
-@pytest.fixture(scope="module")
 def rows(demo):
     return {split: read_rows(demo[1], split) for split in ("train", "test")}
 

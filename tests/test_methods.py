@@ -171,6 +171,16 @@ def test_trap_5_frozen_parts_run_without_dropout(name, frozen_depth, backbones):
     assert not torch.equal(model(ids).logits, model(ids).logits)
 
 
+def test_trap_5_a_decoders_attention_drops_nothing_in_frozen_blocks(backbones, tmp_path):
+    AutoModel.from_pretrained(backbones["llama"], attention_dropout=0.5).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(backbones["llama"]).save_pretrained(tmp_path)
+    model, _ = build(import_method("LAST_LAYER"), tmp_path)
+    ids = torch.arange(5, 15).unsqueeze(0)
+    first, again = (model.train().model(ids, output_hidden_states=True).hidden_states for _ in range(2))
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[2], again[2])  # the block that trains keeps its own
+
+
 @pytest.mark.parametrize("name", ["PEFT_LORA", "PEFT_QLORA"])
 def test_trap_5_dropout_stays_on_between_adapters(name, backbones):
     model, _ = build(import_method(name), backbones["bert"])

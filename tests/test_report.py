@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 from conftest import METHODS, ROOT
+from PIL import Image
 
 from common import report
 from common.files import shown
+from common.plotting import digest
 
 README = "Before.\n<!-- results B A -->\nold\n<!-- end -->\nBetween.\n<!-- charts B A -->\n<!-- end -->\nAfter.\n"
 METHOD_README = (
@@ -80,6 +82,19 @@ def test_the_published_readmes_are_what_the_records_say():
     for readme in [ROOT / "README.md", *(ROOT / method / "README.md" for method in METHODS)]:
         assert report.render(readme.read_text(), readme.parent) == readme.read_text()
         assert report.BLOCK.search(readme.read_text())
+
+
+def test_the_published_charts_are_drawn_from_the_records():
+    def drawn_from(chart):
+        with Image.open(chart) as image:
+            return image.text["Record"]
+
+    records = [json.loads((ROOT / method / "results.json").read_text()) for method in METHODS]
+    for record in records:
+        for chart in ("bar_chart.png", "line_chart.png"):
+            assert drawn_from(ROOT / record["method"] / chart) == digest(record)
+    references = json.loads((ROOT / "common" / "references.json").read_text())["accuracy"]
+    assert drawn_from(ROOT / "common" / "comparison.png") == digest([records, references])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -112,6 +112,12 @@ def test_processes_and_accumulation_steps_share_the_same_global_batches():
         assert min(map(len, dealt)) >= 1
 
 
+def test_too_few_reviews_for_the_steps_are_refused():
+    LengthGroupedBatches(np.full(8, 30), 128, 0, steps=4, processes=2)
+    with pytest.raises(UserError, match="--gradient_accumulation_steps 4: 7 training reviews are too few"):
+        LengthGroupedBatches(np.full(7, 30), 128, 0, steps=4, processes=2)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_stored_outputs_give_the_models_own_logits(architecture, backbones, tokens, tmp_path):
     trainer = make_trainer("NEW_HEAD", backbones[architecture], tmp_path, tokens)
