@@ -79,11 +79,17 @@ MEASURES: dict[str, tuple[str, int, Callable[[dict], float]]] = {
     "accuracy": ("percent of the test reviews", 1, lambda record: 100 * record["summary"]["test_accuracy"]["mean"]),
     "speed": ("training reviews per second", 0, warm_speed),
     "pass": ("reviews per second through the frozen blocks", 0, one_pass_speed),
+    "memory": ("GB of peak memory", 1, lambda record: record["summary"]["peak_memory_bytes"]["mean"] / 1e9),
+    "padding": ("percent of the tokens", 1, lambda record: max(run["padding_percent"] for run in record["runs"])),
 }
+AT_MOST = ("memory", "padding")
 
 
 def aims(root: Path, words: list[str]) -> str:
-    """What was aimed at, and by how much a published figure misses it. words: a measure, then FOLDER=figure, ..."""
+    """What was aimed at, and by how much a published figure misses it. words: a measure, then FOLDER=figure, ...
+
+    Of the measures in AT_MOST less is better.
+    """
     unit, digits, measure = MEASURES[words[0]]
     pairs = [
         (folder, float(figure), read(root / folder / "results.json"))
@@ -92,12 +98,13 @@ def aims(root: Path, words: list[str]) -> str:
     if not all(record for _, _, record in pairs):
         return UNMEASURED
     text = ", ".join(f"{folder} {figure:,.{digits}f}" for folder, figure, _ in pairs)
-    missed = [
-        f"{folder} by {figure - measure(record):,.{digits + 1}f}"
+    short = [
+        (folder, measure(record) - figure if words[0] in AT_MOST else figure - measure(record))
         for folder, figure, record in pairs
-        if measure(record) < figure
     ]
-    return f"Aimed at, in {unit}: {text}. {'Missed: ' + ', '.join(missed) if missed else 'Reached'}.\n"
+    missed = [f"{folder} by {amount:,.{digits + 1}f}" for folder, amount in short if amount > 0]
+    start, no, yes = ("Limits", "Exceeded", "Kept") if words[0] in AT_MOST else ("Aimed at", "Missed", "Reached")
+    return f"{start}, in {unit}: {text}. {f'{no}: ' + ', '.join(missed) if missed else yes}.\n"
 
 
 def charts(root: Path, folders: list[str]) -> str:

@@ -34,6 +34,7 @@ def record(method: str, accuracies: list[float]) -> dict:
             "peak_memory_bytes": 2_500_000_000,
             "memory_bytes": {"weights": 5e8, "gradients": 5e8, "optimizer": 5e8, "activations": 1e9},
             "checkpoint_bytes": 1_200_000,
+            "padding_percent": 2.5,
         }
         for seed, accuracy in enumerate(accuracies)
     ]
@@ -192,4 +193,6 @@ def test_what_was_aimed_at_and_missed_is_said(project):
     # 900 reviews in what 11 seconds leave after three epochs of one second
     assert "frozen blocks: A 112. Reached." in rendered("pass A=112")
     assert "frozen blocks: A 113. Missed: A by 0.5." in rendered("pass A=113")
+    assert "Limits, in GB of peak memory: A 2.6, B 2.5. Kept." in rendered("memory A=2.6 B=2.5")
+    assert "of the tokens: A 2.0, B 3.0. Exceeded: A by 0.50." in rendered("padding A=2 B=3")
     assert report.UNMEASURED in rendered("speed A=1 C=1")
