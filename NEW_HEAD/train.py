@@ -17,7 +17,6 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForSequenceClassification, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))  # so that `common` is found wherever this is started from
@@ -27,7 +26,7 @@ from common.data import load_reviews, tokenize, training_sample
 from common.metrics import score, validation_scores
 from common.model import label_config, load_tokenizer, mixed_precision, trainable_state
 from common.preflight import preflight
-from common.record import report_results, run_record, start_seed
+from common.record import begin_seed, last_checkpoint, report_results, run_record, start_seed
 from common.trainer import ReviewTrainer
 
 
@@ -92,10 +91,10 @@ def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str
     return model, new_weights(loading)
 
 
-def train(config: Config, seed: int, tokenizer, data, classes: list[str]) -> dict:
+def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes: list[str]) -> dict:
     """One run: train, choose the epoch on validation, test once. Returns its record."""
     started = time.perf_counter()
-    folder, finished = start_seed(config, seed)
+    folder, finished = start_seed(config, seed, fingerprint)
     if finished:
         return finished
     set_seed(seed)  # before the model is built, which draws its new weights
@@ -134,8 +133,9 @@ def train(config: Config, seed: int, tokenizer, data, classes: list[str]) -> dic
         compute_metrics=validation_scores,
     )
     preflight(config, trainer, new)
+    begin_seed(config, folder, fingerprint)
     untrained = trainable_state(model)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if config.resume else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model(folder / "model")
     model.config.save_pretrained(folder / "model")  # an adapter alone forgets its label names
     test = score(trainer.predict(data["test"]))  # the first look at the test reviews: every choice is made
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
         data = tokenize(reviews, tokenizer, config.max_length)
     classes = reviews["train"].features["label"].names
-    runs = [train(config, seed, tokenizer, data, classes) for seed in config.seeds]
+    runs = [train(config, seed, tokenizer, data, fingerprint, classes) for seed in config.seeds]
     return report_results(FOLDER, argv, config, data, fingerprint, runs)
 
 

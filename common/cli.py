@@ -29,7 +29,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
 
     `folder` is the script's own: `--output_dir` defaults to its `runs/`. With `--demo` the generated reviews and
     model, and settings that suit them, become the defaults; flags given by hand still win.
-    Raises UserError for a value out of range; argparse exits for one of the wrong type.
+    Raises UserError for a value that cannot be used; argparse exits for one of the wrong type.
     """
     import torch
     from accelerate import PartialState
@@ -45,6 +45,10 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     config = _parse(parser, argv)
     subset = getattr(config, "max_train_samples", None) or getattr(config, "max_test_samples", None)
     output_dir = config.output_dir or str(folder / "runs" / ("demo" if config.demo else "partial" if subset else ""))
+    output_dir = str(Path(output_dir).expanduser())
+    existing = next(path for path in (Path(output_dir), *Path(output_dir).absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {existing} is no folder that can be written to")
     if config.demo:
         from common.demo import build_demo
 
@@ -81,7 +85,9 @@ def processes() -> int:
 
 
 def check(config) -> None:
-    """Raise UserError for the first numeric field of `config` that is out of range."""
+    """Raise UserError for the first field of `config` that is out of range or names a tracker that is not there."""
+    from transformers.integrations import get_available_reporting_integrations
+
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if type(value) in (int, float) and not 0 < value < float("inf"):
@@ -93,6 +99,9 @@ def check(config) -> None:
         raise UserError(
             f"--batch_size {config.batch_size}: must be a multiple of {parts}, the accumulation steps times processes"
         )
+    tracker, trackers = getattr(config, "report_to", "none"), ["none", "all", *get_available_reporting_integrations()]
+    if tracker not in trackers:
+        raise UserError(f"--report_to {tracker}: is not known or not installed; at hand: {', '.join(trackers)}")
 
 
 def run(main: Callable[[], object]) -> None:

@@ -4,6 +4,7 @@ The default data set is the Large Movie Review Dataset (Maas et al., 2011, "Lear
 Analysis"): 25,000 training and 25,000 test reviews, half of them positive.
 """
 
+import glob
 import hashlib
 import os
 import tarfile
@@ -170,7 +171,7 @@ def _read(source: str, revision: str | None) -> dict[str, Dataset]:
 def _read_files(folder: Path) -> dict[str, Dataset]:
     files = {}
     for split in ("train", "test"):
-        found = sorted(file for file in folder.glob(f"{split}.*") if file.suffix in FILE_BUILDERS)
+        found = sorted(file for file in folder.glob(f"{split}.*") if file.suffix.lower() in FILE_BUILDERS)
         if len(found) != 1:
             raise UserError(
                 f"--dataset {folder}: needs one {split} file, {split}.parquet, .csv, .tsv or .jsonl; "
@@ -181,9 +182,9 @@ def _read_files(folder: Path) -> dict[str, Dataset]:
     for split, file in files.items():
         if not file.stat().st_size:
             raise UserError(f"--dataset {folder}: {file.name} is empty")
-        builder, options = FILE_BUILDERS[file.suffix]
+        builder, options = FILE_BUILDERS[file.suffix.lower()]
         try:
-            splits[split] = load_dataset(builder, data_files=str(file), split="train", **options)
+            splits[split] = load_dataset(builder, data_files=glob.escape(str(file)), split="train", **options)
         except (*UNREADABLE, OSError) as error:
             raise _cannot_read(f"{folder}: {file.name}", error) from error
     return splits

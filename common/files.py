@@ -22,7 +22,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(content: dict, path: Path) -> None:
-    """Write `content` to `path`, whole or not at all."""
+    """Write `content` to `path`, whole or not at all; JSON has no NaN and no infinity, they become null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from common.cli import UserError
 from common.hub import OFFLINE, prefer_cache_without_network
@@ -24,8 +31,16 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if Path(name).is_dir() else OFFLINE
         raise UserError(f"--model {name}: {reason}") from error
-    if config.is_encoder_decoder:
-        raise UserError(f"--model {name}: {config.model_type} is an encoder-decoder; needs an encoder or a decoder")
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or config.is_encoder_decoder:
+        raise UserError(
+            f"--model {name}: {config.model_type} has no classifier; needs an encoder or a decoder that "
+            "AutoModelForSequenceClassification loads"
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
+        raise UserError(f"--model {name}: has no tokenizer files; its tokenizer would know no word")
+    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in weights):
+        raise UserError(f"--model {name}: has no weights, {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}")
     positions = getattr(config, "max_position_embeddings", -1)  # of XLNet -1: any number
     longest = min(tokenizer.model_max_length, positions if positions > 0 else max_length)
     shortest = tokenizer.num_special_tokens_to_add() + 1
@@ -72,8 +87,8 @@ def transformer_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         ):
             return name, module
     raise UserError(
-        f"--model: no list of {depth} Transformer blocks was found in {type(model).__name__}; "
-        "needs an architecture that keeps its blocks apart"
+        f"--model {model.config._name_or_path}: no list of {depth} Transformer blocks was found in "
+        f"{type(model).__name__}; needs an architecture that keeps its blocks apart"
     )
 
 
@@ -94,13 +109,17 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     parts = list(getattr(model, prefix, nn.Module()).named_children())
     stacks = [index for index, (_, part) in enumerate(parts) if _contains(part, nn.ModuleList)]
     if not stacks:
-        raise UserError(f"--model: no Transformer blocks were found in {type(model).__name__}")
+        raise UserError(
+            f"--model {model.config._name_or_path}: no Transformer blocks were found in {type(model).__name__}"
+        )
     poolers = [f"{prefix}.{name}" for name, part in parts[stacks[0] + 1 :] if _contains(part, nn.Linear)]
     outside = [
         name for name, part in model.named_children() if name != prefix and any(True for _ in part.parameters())
     ]
     if not outside:
-        raise UserError(f"--model: no classification head was found in {type(model).__name__}")
+        raise UserError(
+            f"--model {model.config._name_or_path}: no classification head was found in {type(model).__name__}"
+        )
     return poolers + outside
 
 
@@ -123,8 +142,8 @@ def attention_projections(model: PreTrainedModel) -> list[str]:
     names = sorted(name for name in linear if re.fullmatch(r"(q|query|v|value)(_\w+)?", name))
     if [name[0] for name in names] != ["q", "v"]:
         raise UserError(
-            f"--model: no query and value projections were found in {type(model).__name__}; "
-            f"PEFT knows those of {', '.join(sorted(KNOWN))}"
+            f"--model {model.config._name_or_path}: no query and value projections were found in "
+            f"{type(model).__name__}; PEFT knows those of {', '.join(sorted(KNOWN))}"
         )
     return names
 

@@ -31,33 +31,49 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft", "bitsandbytes")
 
 
-def start_seed(config, seed: int) -> tuple[Path, dict | None]:
+def start_seed(config, seed: int, fingerprint: str) -> tuple[Path, dict | None]:
     """Folder of this seed's checkpoints and model, and its record if an earlier run finished it and `--resume` is on.
 
-    Without `--resume` what an earlier run left in the folder is removed. The measuring of peak memory starts here.
-    Raises UserError where the run to resume had other flags.
+    fingerprint: of the reviews. The measuring of peak memory starts here.
+    Raises UserError where the run to resume had other flags or other reviews.
     """
     gc.collect()  # the model and the trainer of the seed before hold on to each other, and to memory
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     folder = Path(config.output_dir) / f"seed_{seed}"
-    flags = dataclasses.asdict(config) | {"seeds": None, "resume": None}
-    if config.resume and (folder / "flags.json").exists():
-        before = json.loads((folder / "flags.json").read_text())
-        changed = [name for name in flags if flags[name] != before.get(name)]
-        if changed:
-            name = changed[0]
-            raise UserError(f"--resume: the interrupted run had --{name} {before.get(name)}, not {flags[name]}")
-        if (folder / "run.json").exists():
-            return folder, json.loads((folder / "run.json").read_text())
+    if not config.resume or not (folder / "flags.json").exists():
         return folder, None
+    before, flags = json.loads((folder / "flags.json").read_text()), _flags(config, fingerprint)
+    for name, value in flags.items():
+        if value != before.get(name):
+            raise UserError(f"--resume: the interrupted run had --{name} {before.get(name)}, not {value}")
+    finished = folder / "run.json"
+    return folder, json.loads(finished.read_text()) if finished.exists() else None
+
+
+def begin_seed(config, folder: Path, fingerprint: str) -> None:
+    """Make `folder` ready for training: unless it is resumed, what an earlier run left there is removed.
+
+    Not before everything else has been checked, so that a mistake costs no trained model.
+    """
     state = PartialState()
-    if state.is_main_process:
+    if state.is_main_process and not (config.resume and (folder / "flags.json").exists()):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_json(flags, folder / "flags.json")
+        write_json(_flags(config, fingerprint), folder / "flags.json")
     state.wait_for_everyone()
-    return folder, None
+
+
+def _flags(config, fingerprint: str) -> dict:
+    """What must be the same for a run to go on."""
+    reviews = f"{config.dataset} with SHA-256 {fingerprint}"
+    return dataclasses.asdict(config) | {"seeds": None, "resume": None, "dataset": reviews}
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in `folder` that was written to its end: Trainer writes its own state last."""
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    return max((str(state.parent) for state in states), key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
 def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: float) -> dict:

@@ -170,7 +170,7 @@ def sweep(folder: Path, _: list[str]) -> str:
                 [
                     *(row[name] for name in names),
                     f"{100 * row['validation_accuracy']:.2f}",
-                    f"{row['validation_loss']:.4f}",
+                    "not finite" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}",
                 ]
                 for row in record["results"]
             ]

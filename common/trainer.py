@@ -94,7 +94,7 @@ class LengthGroupedBatches(Sampler):
         if len(lengths) < steps * processes:
             raise UserError(
                 f"--gradient_accumulation_steps {steps}: {len(lengths)} training reviews are too few to have one in "
-                f"every step of {processes} processes; needs {steps * processes} or more"
+                f"every step of {processes} processes; needs {steps * processes} reviews or fewer steps"
             )
         self.lengths, self.seed, self.epoch = lengths, seed, 0
         self.updates = math.ceil(len(lengths) / batch_size)

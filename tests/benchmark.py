@@ -163,7 +163,7 @@ def ours(job: dict, reviews: Dataset, folder: Path) -> float:
     config = parse_config(method.Config, folder, [*flags, "--output_dir", str(folder)])
     config.model_revision = job["revision"]
     with patch.object(method, "ReviewTrainer", TimedTrainer):
-        record = method.train(config, 0, tokenizer, data, reviews.features["label"].names)
+        record = method.train(config, 0, tokenizer, data, "", reviews.features["label"].names)
     return sum(preparing) + sum(epoch["seconds"] for epoch in record["epochs"])
 
 

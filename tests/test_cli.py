@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from common.cli import UserError, parse_config, run
 from common.model import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-FOLDER = Path("/somewhere/SOME_METHOD")
+FOLDER = Path(tempfile.gettempdir()) / "SOME_METHOD"
 MODEL_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
 DATASET_REVISION = "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"
 
@@ -78,9 +79,12 @@ def test_dashes_are_as_good_as_underscores():
         ("--seeds 4294967296", "--seeds 4294967296: must be different integers from 0"),
         ("--batch_size 10 --gradient_accumulation_steps 4", "--batch_size 10: must be a multiple of 4"),
         ("--demo --gradient_accumulation_steps 64", "--batch_size 32: must be a multiple of 64"),
+        ("--report_to nobody", "--report_to nobody: is not known or not installed; at hand: none, all"),
+        (f"--output_dir {__file__}", f"--output_dir {__file__}: {__file__} is no folder"),
+        (f"--output_dir {__file__}/below", f"--output_dir {__file__}/below: {__file__} is no folder"),
     ],
 )
-def test_values_out_of_range(flags, expected, demo_built):
+def test_values_that_cannot_be_used(flags, expected, demo_built):
     with pytest.raises(UserError) as error:
         parse(flags)
     assert str(error.value).startswith(expected)
@@ -169,10 +173,16 @@ def test_demo_writes_what_it_names(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_nothing_is_written_where_a_flag_is_wrong(demo_built):
+@pytest.mark.parametrize("flags", ["--epochs 0", "--report_to nobody", f"--output_dir {__file__}"])
+def test_nothing_is_written_where_a_flag_is_wrong(flags, demo_built):
     with pytest.raises(UserError):
-        parse("--demo --epochs 0")
+        parse(f"--demo {flags}")
     assert not demo_built
+
+
+def test_a_tilde_in_output_dir_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("--output_dir ~/results").output_dir == str(tmp_path / "results")
 
 
 # Endings
@@ -222,7 +232,9 @@ def test_unknown_model(name):
         (None, "config.json"),
         ("{nope", "not a valid JSON file"),
         ('{"model_type": "warpdrive"}', "warpdrive"),
-        ('{"model_type": "t5"}', "t5 is an encoder-decoder; needs an encoder or a decoder"),
+        ('{"model_type": "t5"}', "t5 has no classifier; needs an encoder or a decoder"),
+        ('{"model_type": "mamba"}', "mamba has no classifier; needs an encoder or a decoder"),
+        ('{"model_type": "bert"}', "has no weights, model.safetensors or pytorch_model.bin"),
     ],
 )
 def test_folder_that_is_no_backbone(tmp_path, demo, content, reason):
@@ -244,8 +256,15 @@ def test_max_length_beyond_the_model(demo, max_length):
     assert load_tokenizer(str(demo[0]), None, 3) and load_tokenizer(str(demo[0]), None, 128)
 
 
+def test_a_backbone_without_its_tokenizer_is_refused(tmp_path, demo):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((demo[0] / name).read_bytes())
+    with pytest.raises(UserError, match=f"--model {tmp_path}: has no tokenizer files"):
+        load_tokenizer(str(tmp_path), None, 64)
+
+
 def test_the_smaller_limit_counts(tmp_path, demo):
-    for file in Path(demo[0]).glob("*.json"):
+    for file in Path(demo[0]).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 50}))
@@ -257,7 +276,8 @@ def test_decoder_without_padding_token_gets_one(tmp_path, demo):
     tokenizer = load_tokenizer(str(demo[0]), None, 64)
     tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_bytes((Path(demo[0]) / "config.json").read_bytes())
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((demo[0] / name).read_bytes())
     assert load_tokenizer(str(tmp_path), None, 64).pad_token == "[SEP]"
 
 

@@ -432,6 +432,13 @@ def test_missing_folder(source):
     assert all(accepted in line for accepted in ("Hub id", ".parquet, .csv, .tsv, .jsonl", "aclImdb", ".tar.gz"))
 
 
+def test_names_of_files_and_folders_may_be_unusual(tmp_path):
+    folder = Path(write_reviews(tmp_path / "films [1] *", "csv"))
+    for split in ("train", "test"):
+        (folder / f"{split}.csv").rename(folder / f"{split}.CSV")
+    assert len(load_reviews(str(folder))[0]["test"]) == len(TEST)
+
+
 ONE_OF_TWO = "train.parquet, .csv, .tsv or .jsonl; found "
 PLAIN = "".join(json.dumps(row) + "\n" for row in TRAIN)
 

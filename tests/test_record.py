@@ -1,10 +1,12 @@
 """Records say which code they come from."""
 
+import json
 import subprocess
 
 import pytest
 
 from common import record
+from common.files import write_json
 
 
 @pytest.fixture
@@ -31,6 +33,12 @@ def test_commit_and_whether_the_code_differs_from_it(repository, tmp_path):
     assert record.environment()["dirty"] is False
     (tmp_path / "train.py").write_text("2")
     assert record.environment() == before | {"dirty": True}
+
+
+def test_a_loss_that_is_not_finite_is_null(tmp_path):
+    write_json({"loss": [float("nan"), float("inf"), 0.5]}, tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()) == {"loss": [None, None, 0.5]}
+    assert "NaN" not in (tmp_path / "results.json").read_text()
 
 
 def test_without_history_the_environment_says(tmp_path, monkeypatch):

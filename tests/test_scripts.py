@@ -16,6 +16,7 @@ import torch
 from conftest import METHODS, ROOT
 
 from common.cli import UserError
+from common.data import load_reviews
 
 SCRIPTS = [ROOT / method / "train.py" for method in METHODS]
 
@@ -225,6 +226,24 @@ def test_a_finished_run_is_not_repeated_by_resume(method, demos, monkeypatch):
     assert method.main(flags)["runs"] == before["runs"]
     with pytest.raises(UserError, match="--resume: the interrupted run had --epochs 2, not 3"):
         method.main([*flags, "--epochs", "3"])
+    monkeypatch.setattr(method, "load_reviews", lambda *source: (load_reviews(*source)[0], "0" * 64))
+    with pytest.raises(
+        UserError, match=r"--resume: the interrupted run had --dataset .* with SHA-256 .*, not .* 0000"
+    ):
+        method.main(flags)
+
+
+def test_a_mistake_costs_no_trained_model(method, demos, monkeypatch):
+    def mistaken(config, labels):
+        raise UserError("--model: no such part")
+
+    folder = demos[0] / method.FOLDER.name
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(method, "build_model", mistaken)
+    with pytest.raises(UserError, match="no such part"):
+        method.main(["--demo", "--epochs", "2", "--output-dir", str(folder)])
+    assert sorted(folder.rglob("*")) == before
+    assert folder / "seed_0" / "model" in before
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(method, tmp_path, monkeypatch):
@@ -242,6 +261,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(method, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         method.main([*flags, str(tmp_path / "parts")])
     monkeypatch.setattr(method, "ReviewTrainer", trainer_class)
+    (tmp_path / "parts" / "seed_0" / "checkpoint-99999").mkdir()  # as if killed while it was written
     resumed = method.main([*flags, str(tmp_path / "parts"), "--resume"])
     for run_whole, run_resumed in zip(whole["runs"], resumed["runs"], strict=True):
         for key in ("best_epoch", "untrained_test", "test"):
