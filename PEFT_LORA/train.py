@@ -106,7 +106,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     folder, finished = start_seed(config, seed, fingerprint)
     if finished:
         return finished
-    set_seed(seed)  # before the model is built, which draws its new weights
+    set_seed(seed, deterministic=True)  # before the model is built, which draws its new weights
     model, new = build_model(config, label_config(classes, tokenizer))
     precision = mixed_precision()
     args = TrainingArguments(

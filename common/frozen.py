@@ -58,11 +58,12 @@ class FrozenBlocks:
         """What the last block gives at the token that the head reads: (rows, hidden size) from right-padded rows."""
         captured = []
         hook = self.blocks[-1].register_forward_hook(lambda block, inputs, output: captured.append(output))
-        self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        mask = batch.get("attention_mask")  # none where no row is padded
+        self.model(input_ids=batch["input_ids"], attention_mask=mask)
         hook.remove()
         self.as_tuple = isinstance(captured[0], tuple)
         hidden = captured[0][0] if self.as_tuple else captured[0]
-        places = 0 if self.read_place == 0 else batch["attention_mask"].sum(dim=1) - 1
+        places = self.read_place if self.read_place == 0 or mask is None else mask.sum(dim=1) - 1
         return hidden[torch.arange(len(hidden), device=hidden.device), places].float()
 
     @contextmanager

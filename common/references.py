@@ -101,7 +101,7 @@ def tfidf_logistic_regression(data: DatasetDict, vocabulary: int) -> float:
 
 def full_fine_tuning(config: Config, seed: int, tokenizer, data: DatasetDict, classes: list[str]) -> float:
     """Test accuracy with every weight trained, at the epoch that validation chooses."""
-    set_seed(seed)
+    set_seed(seed, deterministic=True)
     model = AutoModelForSequenceClassification.from_pretrained(
         config.model, revision=config.model_revision, dtype=torch.float32, **label_config(classes, tokenizer)
     )

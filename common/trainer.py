@@ -2,9 +2,12 @@
 
 A small backbone trains faster on a GPU than loader processes can collate and copy batches: here the tokens of all
 reviews stay on the device, and a batch is cut out of them there, without waiting for the host.
+
+Importing this sets what PyTorch wants for `set_seed(seed, deterministic=True)` on a GPU.
 """
 
 import math
+import os
 import time
 
 import datasets
@@ -20,13 +23,16 @@ from common.cli import UserError
 from common.frozen import FrozenBlocks
 from common.metrics import EpochProgress, synchronize
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses; read at its first call
+torch.utils.deterministic.fill_uninitialized_memory = False  # a search for bugs, at the cost of a write per tensor
+
 
 class ReviewTensors(Dataset):
     """Tokenised reviews on `device`; a list of rows gives one padded batch, with no copy from the host's memory.
 
-    reviews: columns `input_ids` (lists of tokens), `labels` (int). A batch has `input_ids` and `attention_mask` of
-    shape (rows, width) and `labels` of shape (rows,). The width is the longest row's, rounded up so that there are at
-    most 32 different ones.
+    reviews: columns `input_ids` (lists of tokens), `labels` (int). A batch has `input_ids` of shape (rows, width),
+    `labels` of shape (rows,), and where a row is padded `attention_mask` of shape (rows, width): without a mask
+    attention is faster.
     """
 
     def __init__(self, reviews: datasets.Dataset, pad_token_id: int, device: torch.device):
@@ -39,23 +45,18 @@ class ReviewTensors(Dataset):
         self.token_counts = torch.tensor(self.lengths, device=device)
         self.labels = torch.tensor(columns["labels"].to_numpy(), device=device)
 
-    def width(self, rows: list[int]) -> int:
-        longest = self.input_ids.shape[1]
-        step = math.ceil(longest / 32)
-        return min(longest, step * math.ceil(self.lengths[rows].max() / step))
-
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        width = self.width(rows)  # known on the host: nothing here waits for the device
+        lengths = self.lengths[rows]  # known on the host: nothing here waits for the device
+        width = int(lengths.max())
         index = torch.tensor(rows).to(self.labels.device, non_blocking=True)
-        places = torch.arange(width, device=index.device)
-        return {
-            "input_ids": self.input_ids[:, :width][index].long(),
-            "attention_mask": (places < self.token_counts[index].unsqueeze(1)).long(),
-            "labels": self.labels[index],
-        }
+        batch = {"input_ids": self.input_ids[:, :width][index].long(), "labels": self.labels[index]}
+        if lengths.min() < width:
+            places = torch.arange(width, device=index.device)
+            batch["attention_mask"] = (places < self.token_counts[index].unsqueeze(1)).long()
+        return batch
 
 
 class StoredOutputs(Dataset):
@@ -73,10 +74,8 @@ class StoredOutputs(Dataset):
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         index = torch.tensor(rows).to(self.outputs.device, non_blocking=True)
-        first = self.reviews.input_ids[index, :1].long()
         return {
-            "input_ids": first,
-            "attention_mask": torch.ones_like(first),
+            "input_ids": self.reviews.input_ids[index, :1].long(),
             "labels": self.reviews.labels[index],
             "stored": self.outputs[index],
         }
@@ -108,8 +107,8 @@ class LengthGroupedBatches(Sampler):
 
     def __iter__(self):
         random = np.random.default_rng((self.seed, self.epoch))
-        # Reviews of one length change places, and so does a part of every review's neighbours.
-        by_length = np.argsort(self.lengths + random.uniform(0, 1, len(self.lengths)))
+        # Noise of a few tokens gives every review other neighbours in every epoch, for about 2% of padding.
+        by_length = np.argsort(self.lengths + random.uniform(0, 12, len(self.lengths)))
         batches = np.array_split(by_length, self.updates)
         for update in random.permutation(self.updates):
             for part in np.array_split(random.permutation(batches[update]), self.steps):
@@ -124,7 +123,6 @@ class ReviewTrainer(Trainer):
     """
 
     def __init__(self, *args, **kwargs):
-        torch.backends.cuda.enable_cudnn_sdp(False)
         AttentionMaskInterface.register("sdpa", mask_without_waiting)
         super().__init__(*args, compute_loss_func=mean_cross_entropy, **kwargs)
         self.on_device, self.stored = {}, {}  # by fingerprint of the data set
@@ -183,14 +181,6 @@ class ReviewTrainer(Trainer):
 
     get_test_dataloader = get_eval_dataloader
 
-    def training_step(self, *args, **kwargs):
-        """With cuDNN's attention, which takes a fifth off a step of LoRA on an H200, masks as below included. It takes
-        so long to prepare for a new shape that evaluation, which meets most shapes once, is better off without."""
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        loss = super().training_step(*args, **kwargs)
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return loss
-
     def compute_loss(self, model, inputs, **kwargs):
         stored = inputs.pop("stored", None)
         if stored is None:
@@ -219,7 +209,7 @@ class ReviewTrainer(Trainer):
         else:
             batches = list(self.training_batches())
         tokens = sum(tensors.lengths[rows].sum() for rows in batches)
-        return 100 * (1 - tokens / sum(tensors.width(rows) * len(rows) for rows in batches))
+        return 100 * (1 - tokens / sum(tensors.lengths[rows].max() * len(rows) for rows in batches))
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer's own count walks over all weights in every step

@@ -55,8 +55,7 @@ def test_batches_hold_the_reviews_and_nothing_else(tokens):
     rows = [7, 3, 50]
     batch = batches.__getitems__(rows)
     longest = max(len(tokens["train"][row]["input_ids"]) for row in rows)
-    assert longest <= batches.width(rows) < longest + 2  # of 48 tokens at most
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, batches.width(rows))
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, longest)
     for place, row in enumerate(rows):
         mask = batch["attention_mask"][place].bool()
         assert batch["input_ids"][place][mask].tolist() == tokens["train"][row]["input_ids"]
@@ -64,17 +63,13 @@ def test_batches_hold_the_reviews_and_nothing_else(tokens):
         assert batch["labels"][place] == tokens["train"][row]["labels"]
 
 
-def test_batches_have_at_most_32_widths(tokens):
-    long = (
-        tokens["train"]
-        .select(range(100))
-        .map(lambda row, place: {"input_ids": [5] * (1 + 5 * place)}, with_indices=True)
-    )
-    batches = ReviewTensors(long, 0, torch.device("cpu"))
-    widths = {batches.width([row]) for row in range(100)}
-    assert 20 < len(widths) <= 32
-    assert max(widths) == 496
-    assert all(batches.width([row]) < 1 + 5 * row + 16 for row in range(100))
+def test_a_batch_without_padding_has_no_mask(tokens):
+    batches = ReviewTensors(tokens["train"], 0, torch.device("cpu"))
+    length = batches.lengths[7]
+    same = [row for row in range(len(batches)) if batches.lengths[row] == length][:2]
+    shorter = int(batches.lengths.argmin())
+    assert "attention_mask" not in batches.__getitems__(same)
+    assert "attention_mask" in batches.__getitems__([*same, shorter])
 
 
 def test_every_review_trains_once_per_epoch_in_a_new_order():
@@ -98,8 +93,7 @@ def test_every_review_trains_once_per_epoch_in_a_new_order():
 def test_padding_stays_under_3_percent_for_lengths_like_imdbs():
     lengths = np.minimum(np.random.default_rng(0).lognormal(5.45, 0.65, 22_500), 512).astype(int)
     batches = [lengths[rows] for rows in LengthGroupedBatches(lengths, 128, seed=0)]
-    widths = [16 * np.ceil(batch.max() / 16) for batch in batches]  # as of ReviewTensors
-    assert 1 - lengths.sum() / sum(width * len(batch) for width, batch in zip(widths, batches, strict=True)) < 0.03
+    assert 1 - lengths.sum() / sum(batch.max() * len(batch) for batch in batches) < 0.03
 
 
 def test_processes_and_accumulation_steps_share_the_same_global_batches():
