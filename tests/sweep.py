@@ -2,10 +2,12 @@
 
     python tests/sweep.py PEFT_LORA --learning_rate=5e-4,1e-3,2e-3 -- --seeds 0
     python tests/sweep.py PEFT_LORA --variants -- --seeds 0
+    python tests/sweep.py PEFT_LORA --variants="as published,no warm-up" -- --seeds 0
 
 The first trains once for every combination of the values given; the second once for every choice that is written
-into the scripts (see `variants`). Flags after `--` go to the script. <METHOD>/sweep.json or <METHOD>/variants.json
-keeps the validation accuracy of the chosen epoch, mean over the seeds: the test reviews play no part.
+into the scripts (see `variants`); the third for some of them. Flags after `--` go to the script.
+<METHOD>/sweep.json or <METHOD>/variants.json keeps the validation accuracy of the chosen epoch, mean over the seeds:
+the test reviews play no part.
 """
 
 import contextlib
@@ -13,10 +15,12 @@ import importlib
 import itertools
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import datasets
+from peft import LoraConfig
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,10 +32,15 @@ from common.record import environment
 
 def variants(method) -> dict[str, contextlib.AbstractContextManager]:
     """Choices that are no flags, by name: each undoes one of them. method: the script, as a module."""
-    arguments, build_model = method.TrainingArguments, method.build_model
+    arguments, build_model, load_tokenizer = method.TrainingArguments, method.build_model, method.load_tokenizer
 
     def training(**changes):
         return patch.object(method, "TrainingArguments", lambda **given: arguments(**given | changes))
+
+    def cut_at_the_start(*model):
+        tokenizer = load_tokenizer(*model)
+        tokenizer.truncation_side = "left"
+        return tokenizer
 
     def without_backbone_dropout(config, labels):
         model, new = build_model(config, labels)
@@ -43,8 +52,10 @@ def variants(method) -> dict[str, contextlib.AbstractContextManager]:
     return {
         "as published": contextlib.nullcontext(),
         "`<br />` kept": patch("common.data.clean", str),
+        "long reviews cut at the start": patch.object(method, "load_tokenizer", cut_at_the_start),
         "dropout on in frozen parts": patch("common.model.switch_off_dropout", lambda *parts, **named: None),
         "dropout off everywhere": patch.object(method, "build_model", without_backbone_dropout),
+        "dropout before LoRA": patch("peft.LoraConfig", partial(LoraConfig, lora_dropout=0.1)),
         "no warm-up": training(warmup_steps=0),
         "no weight decay": training(weight_decay=0.0),
         "cosine schedule": training(lr_scheduler_type="cosine"),
@@ -55,12 +66,14 @@ def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     name, grid_flags, flags = sys.argv[1], sys.argv[2:split], sys.argv[split + 1 :]
     method = importlib.import_module(f"{name}.train")
-    kind = "variants" if grid_flags == ["--variants"] else "sweep"
+    grid = {flag: values.split(",") for flag, _, values in (word.partition("=") for word in grid_flags)}
+    kind = "variants" if "--variants" in grid else "sweep"
     if kind == "variants":
         datasets.disable_caching()  # the cache does not see that a function was replaced
-        jobs = [({"variant": title}, [], change) for title, change in variants(method).items()]
+        known = variants(method)
+        titles = known if grid["--variants"] == [""] else grid["--variants"]
+        jobs = [({"variant": title}, [], known[title]) for title in titles]
     else:
-        grid = {flag: values.split(",") for flag, values in (word.split("=") for word in grid_flags)}
         combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
         jobs = [(chosen, list(itertools.chain(*chosen.items())), contextlib.nullcontext()) for chosen in combinations]
     results = []
