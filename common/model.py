@@ -19,7 +19,7 @@ from common.hub import OFFLINE, prefer_cache_without_network
 
 
 def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrainedTokenizerBase:
-    """The backbone's tokenizer, with a padding token.
+    """The backbone's tokenizer, with a padding token. Of a text that is too long it keeps the end.
 
     Raises UserError where the backbone cannot be found, or takes fewer than `max_length` tokens.
     """
@@ -48,6 +48,7 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
         raise UserError(f"--max_length {max_length}: {name} takes {shortest} to {longest} tokens")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # decoders come without one; the mask tells them apart
+    tokenizer.truncation_side = "left"  # reviews come to their verdict at the end
     return tokenizer
 
 

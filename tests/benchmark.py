@@ -7,10 +7,10 @@ Run by hand, from the repository's root, on a GPU or a CPU; pytest does not coll
     python tests/benchmark.py --methods NEW_HEAD --model ~/minilm --dataset ~/imdb --reviews 512 --epochs 5
 
 The usual recipe is what public examples do, with nothing of ours: see `usual_model` and `usual`. Ours is `train` of
-<METHOD>/train.py, as published. Every measurement has a process of its own, in which a training to warm up comes
-first; the two sides take turns. Seconds are of training alone, from the first step to the last, without tokenisation,
-evaluation and saving; of ours with the copy of the tokens to the device and, where the blocks are frozen, the one pass
-through them. Peak memory is what tensors took on the GPU, or on a CPU the whole process in RAM.
+<METHOD>/train.py, as published. Each side of each method has a process of its own, in which a training to warm up
+comes first; then the two sides take turns. Seconds are of training alone, from the first step to the last, without
+tokenisation, evaluation and saving; of ours with the copy of the tokens to the device and, where the blocks are
+frozen, the one pass through them. Peak memory is what tensors took on the GPU, or on a CPU the whole process in RAM.
 
 The floor is the time that the counted work takes at the speed of a large matrix product, or of a large copy if that is
 longer; both are measured on the spot, in the precision of our runs. For reviews of l tokens, without padding, and L
@@ -27,14 +27,18 @@ Left out as small: embeddings, head, adapters, optimizer, softmax and the other 
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
+import itertools
 import json
 import math
+import os
 import statistics
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -63,7 +67,7 @@ from common.files import shown, write_json
 from common.metrics import peak_memory, synchronize
 from common.model import compute_dtype, load_tokenizer, transformer_blocks
 from common.record import environment
-from NEW_HEAD.train import Config
+from LAST_LAYER.train import Config
 
 METHODS = ("NEW_HEAD", "LAST_LAYER", "PEFT_LORA", "PEFT_QLORA")
 LENGTHS = (128, 256, 512)
@@ -167,24 +171,35 @@ def ours(job: dict, reviews: Dataset, folder: Path) -> float:
     return sum(preparing) + sum(epoch["seconds"] for epoch in record["epochs"])
 
 
-def measure(job: dict) -> dict:
-    """One training after another to warm up; with `compare` and `growth` in a process of its own."""
-    on_gpu, train = torch.cuda.is_available(), {"usual": usual, "ours": ours}[job["side"]]
-    reviews = load_from_disk(job["reviews"])
-    few = reviews if on_gpu else reviews.select(range(min(WARM_UP, len(reviews))))
+def train(job: dict, reviews: Dataset) -> float:
     with TemporaryDirectory() as folder:
-        train(job | {"epochs": 1}, few, Path(folder))
-        gc.collect()  # a Trainer and its model hold on to each other
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        seconds = train(job, reviews, Path(folder))
-    memory, status = peak_memory(), Path("/proc/self/status")
-    if not on_gpu and status.exists():  # getrusage starts at the size of the process that started this one
+        seconds = {"usual": usual, "ours": ours}[job["side"]](job, reviews, Path(folder))
+    gc.collect()  # a Trainer and its model hold on to each other
+    return seconds
+
+
+def warm_up(job: dict) -> None:
+    reviews = load_from_disk(job["reviews"])
+    few = reviews if torch.cuda.is_available() else reviews.select(range(min(WARM_UP, len(reviews))))
+    train(job | {"epochs": 1}, few)
+
+
+def measure(job: dict) -> dict:
+    """One training, and the peak of memory in it."""
+    reviews, status = load_from_disk(job["reviews"]), Path("/proc/self/status")
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    elif status.exists():
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the process
+    seconds = train(job, reviews)
+    memory = peak_memory()
+    if not on_gpu and status.exists():
         memory = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     return {"reviews_per_second": job["epochs"] * len(reviews) / seconds, "peak_memory_bytes": memory}
 
 
-def hardware_limits(job: dict) -> dict:
+def hardware_limits() -> dict:
     """The best speed of a large matrix product in the precision of our runs, and of a large copy."""
     dtype, device = compute_dtype(), "cuda" if torch.cuda.is_available() else "cpu"
     sizes, numbers = ((4096, 8192, 16384), 2**28) if device == "cuda" else ((512, 1024, 2048), 2**26)
@@ -236,27 +251,46 @@ def floor(method: str, config: Config, lengths: list[int], limits: dict) -> dict
     }
 
 
-def in_own_process(**job) -> dict:
-    """What `measure` or `hardware_limits` returns; {"error": its last words} where the process failed."""
-    command = [sys.executable, __file__, "--one", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    last = ((done.stderr if done.returncode else done.stdout).strip().splitlines() or [""])[-1]
-    model = str(job.get("model"))
-    if done.returncode:  # the record names no paths of this machine
-        result = {"error": f"exit status {done.returncode}: {last.replace(model, shown(model))[:200]}"}
-    else:
-        result = json.loads(last)
-    title = [job["method"], job["side"], shown(model), f"{job['max_length']} tokens"] if job else ["limits"]
-    print(*title, json.dumps(result), flush=True)
+def silence() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, output.fileno())
+
+
+def own_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=silence)
+
+
+def measured(process: ProcessPoolExecutor, job: dict) -> dict:
+    """What `measure` returns in `process`; {"error": its message} where it failed."""
+    try:
+        result = process.submit(measure, job).result()
+    except Exception as error:  # out of memory, above all: the table says so, and the others go on
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        result = {"error": message.replace(job["model"], shown(job["model"]))[:200]}  # no paths of this machine
+    print(
+        job["method"], job["side"], shown(job["model"]), f"{job['max_length']} tokens", json.dumps(result), flush=True
+    )
     return result
 
 
-def compare(method: str, job: dict, rounds: int) -> dict:
-    """Both sides in turn, round by round; the ratio ours / usual is taken within a round."""
-    found = {side: {"reviews_per_second": [], "peak_memory_bytes": []} for side in ("usual", "ours")}
+def compare(methods: list[str], job: dict, rounds: int) -> dict[str, dict]:
+    """For each method the values of all rounds, and the ratio ours / usual, which is taken within a round."""
+    with contextlib.ExitStack() as stack:
+        sides, warm_ups = {method: {} for method in methods}, []
+        for method, side in itertools.product(methods, ("usual", "ours")):  # all get ready at once
+            process = stack.enter_context(own_process())
+            sides[method][side] = process, job | {"method": method, "side": side}
+            warm_ups.append(process.submit(warm_up, sides[method][side][1]))
+        wait(warm_ups)
+        return {method: in_turn(sides[method], rounds) for method in methods}
+
+
+def in_turn(sides: dict[str, tuple[ProcessPoolExecutor, dict]], rounds: int) -> dict:
+    found = {side: {"reviews_per_second": [], "peak_memory_bytes": []} for side in sides}
     for _ in range(rounds):
         for side, values in found.items():
-            result = in_own_process(side=side, method=method, **job)
+            result = measured(*sides[side])
             if "error" in result:
                 return {"error": f"{side}: {result['error']}"}
             for name in values:
@@ -278,10 +312,13 @@ def growth(methods: list[str], job: dict, tokenizer, folder: Path) -> list[dict]
         cases.append((place.name, {"model": str(place), "revision": None}))
     rows = []
     for method in methods:
-        for name, changes in cases:
-            changed = job | changes | {"epochs": 1}
-            result = in_own_process(side="ours", method=method, **changed)
-            rows.append({"method": method, "model": name, "max_length": changed["max_length"]} | result)
+        with own_process() as process:
+            for name, changes in cases:
+                case = job | changes | {"epochs": 1, "method": method, "side": "ours"}
+                process.submit(warm_up, case)
+                rows.append(
+                    {"method": method, "model": name, "max_length": case["max_length"]} | measured(process, case)
+                )
     return rows
 
 
@@ -317,16 +354,12 @@ def main() -> None:
     parser.add_argument("--model", default=Config.model, help="Backbone: a Hub id or a local folder.")
     parser.add_argument("--dataset", default=Config.dataset, help="Reviews, as the scripts take them.")
     parser.add_argument("--reviews", type=int, default=2048, help="Training reviews. [2048]")
-    parser.add_argument("--epochs", type=int, default=Config.epochs, help="Passes over them. [as the scripts]")
+    parser.add_argument("--epochs", type=int, default=Config.epochs, help="Passes over them. [5]")
     parser.add_argument("--max_length", type=int, default=Config.max_length, help="Tokens per review. [512]")
     parser.add_argument("--rounds", type=int, default=3, help="Measurements of each side; 0 for --growth alone. [3]")
     parser.add_argument("--growth", action="store_true", help="Also ours for several lengths and sizes of backbone.")
     parser.add_argument("--json", type=Path, help="File to write everything to.")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # what `in_own_process` hands over
     args = parser.parse_args()
-    if args.one is not None:
-        print(json.dumps((measure if "method" in args.one else hardware_limits)(args.one)))
-        return
     flags = [f"--{name}={getattr(args, name)}" for name in ("model", "dataset", "epochs", "max_length")]
     config = parse_config(Config, ROOT, flags)
     tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
@@ -334,18 +367,20 @@ def main() -> None:
     reviews = data["train"].select(stratified_rows(data["train"]["label"][:], args.reviews, seed=0)).shuffle(seed=0)
     tokens = tokenize(DatasetDict(train=reviews), tokenizer, config.max_length)["train"]["input_ids"]
     lengths = [len(review) for review in tokens]
-    limits = in_own_process()
+    with own_process() as process:
+        limits = process.submit(hardware_limits).result()
+    print("limits", json.dumps(limits), flush=True)
     with TemporaryDirectory() as folder:
         job = {"model": config.model, "revision": config.model_revision, "max_length": config.max_length}
         job |= {"epochs": config.epochs, "reviews": f"{folder}/reviews", "evaluated": f"{folder}/evaluated"}
         reviews.save_to_disk(job["reviews"])
         data["validation"].select(range(min(EVALUATED, len(data["validation"])))).save_to_disk(job["evaluated"])
-        methods = {}
-        for method in args.methods if args.rounds else []:
-            methods[method] = compare(method, job, args.rounds) | floor(method, config, lengths, limits)
-            if "ratio" in methods[method]:
-                speed = statistics.median(methods[method]["ours"]["reviews_per_second"])
-                methods[method]["share_of_floor"] = speed / methods[method]["floor_reviews_per_second"]
+        methods = compare(args.methods, job, args.rounds) if args.rounds else {}
+        for method, found in methods.items():
+            found |= floor(method, config, lengths, limits)
+            if "ratio" in found:
+                speed = statistics.median(found["ours"]["reviews_per_second"])
+                found["share_of_floor"] = speed / found["floor_reviews_per_second"]
         grown = growth(args.methods, job, tokenizer, Path(folder)) if args.growth else []
     settings = {"model": shown(args.model), "dataset": shown(args.dataset), "reviews": len(reviews)}
     settings |= {"epochs": args.epochs, "max_length": args.max_length, "rounds": args.rounds}

@@ -37,9 +37,9 @@ def variants(method) -> dict[str, contextlib.AbstractContextManager]:
     def training(**changes):
         return patch.object(method, "TrainingArguments", lambda **given: arguments(**given | changes))
 
-    def cut_at_the_start(*model):
+    def keeping_the_start(*model):
         tokenizer = load_tokenizer(*model)
-        tokenizer.truncation_side = "left"
+        tokenizer.truncation_side = "right"
         return tokenizer
 
     def without_backbone_dropout(config, labels):
@@ -52,7 +52,7 @@ def variants(method) -> dict[str, contextlib.AbstractContextManager]:
     return {
         "as published": contextlib.nullcontext(),
         "`<br />` kept": patch("common.data.clean", str),
-        "long reviews cut at the start": patch.object(method, "load_tokenizer", cut_at_the_start),
+        "long reviews cut at the end": patch.object(method, "load_tokenizer", keeping_the_start),
         "dropout on in frozen parts": patch("common.model.switch_off_dropout", lambda *parts, **named: None),
         "dropout off everywhere": patch.object(method, "build_model", without_backbone_dropout),
         "dropout before LoRA": patch("peft.LoraConfig", partial(LoraConfig, lora_dropout=0.1)),

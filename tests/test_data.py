@@ -324,6 +324,12 @@ def test_cut_reviews_keep_the_special_tokens(tokenizer, max_length):
         assert (len(ids) == max_length) or not row["truncated"]
 
 
+def test_cut_reviews_keep_their_end(tokenizer):
+    row, end = tokenized(tokenizer, 16, "bad " * 40 + "good " * 14, "good " * 14)
+    assert row["truncated"]
+    assert row["input_ids"] == end["input_ids"]
+
+
 def test_only_what_lost_a_token_is_truncated(tokenizer):
     reviews = ["good " * words for words in (15, 1, 13, 14, 40, 14)]
     rows = tokenized(tokenizer, 16, *reviews)  # two special tokens and 14 words
@@ -344,7 +350,7 @@ def test_tokens_come_from_the_cache(demo, demo_reviews, tokenizer, own_cache):
     shorter = tokenize(demo_reviews, tokenizer, 12)
     assert len(cache_files()) == len(files) + 3
     for split in SPLITS:
-        assert [ids[:11] for ids in shorter[split]["input_ids"]] == [ids[:11] for ids in first[split]["input_ids"]]
+        assert [ids[-11:] for ids in shorter[split]["input_ids"]] == [ids[-11:] for ids in first[split]["input_ids"]]
         assert max(map(len, shorter[split]["input_ids"])) == 12
 
 

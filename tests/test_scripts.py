@@ -63,7 +63,7 @@ def test_the_four_scripts_are_alike_outside_their_method():
         ("warmup_steps=0.1", "warmup_steps=0.2"),
         ("set_seed(seed,", "set_seed(0,"),
         ("# the best and the last", "# best and last"),
-        ('help="Passes over', 'help="Passes through'),
+        ('help="Tokens per', 'help="Words per'),
         ("import time\n", "import time\nimport json\n"),
         ("    # This method\n", "    extra: int = 0\n\n    # This method\n"),
         ("\n\nif __name__", "\n\ndef another():\n    pass\n\n\nif __name__"),
@@ -80,10 +80,10 @@ def test_every_field_is_explained_and_scripts_stay_short(method):
     source = (method.FOLDER / "train.py").read_text()
     assert 140 <= len(source.splitlines()) <= 190
     assert all(field.metadata["help"].endswith((".", "]")) for field in fields(method.Config))
-    assert [field.name for field in fields(method.Config)][:15] == [
-        *("model", "model_revision", "dataset", "dataset_revision", "max_length", "epochs", "batch_size"),
+    assert [field.name for field in fields(method.Config)][:16] == [
+        *("model", "model_revision", "dataset", "dataset_revision", "max_length", "batch_size"),
         *("gradient_accumulation_steps", "seeds", "max_train_samples", "max_test_samples"),
-        *("output_dir", "resume", "report_to", "demo"),
+        *("output_dir", "resume", "report_to", "demo", "epochs", "learning_rate"),
     ]
 
 
