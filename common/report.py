@@ -174,8 +174,26 @@ def sweep(folder: Path, _: list[str]) -> str:
                 ]
                 for row in record["results"]
             ]
-            text += f"`{record['command']}`\n\n{table([*names, 'validation accuracy', 'validation loss'], rows)}\n"
+            text += (
+                f"`{record['command']}`, commit {record['environment']['commit'][:10]}\n\n"
+                f"{table([*names, 'validation accuracy', 'validation loss'], rows)}\n"
+            )
     return text or UNMEASURED
+
+
+def small_gpu(root: Path, words: list[str]) -> str:
+    """Memory and accuracy of one seed in smaller steps, beside the published run. words: FOLDER, limit in GB."""
+    folder, limit = root / words[0], float(words[1])
+    record, published = read(folder / "small_gpu.json"), read(folder / "results.json")
+    if not (record and published):
+        return UNMEASURED
+    run = record["runs"][0]
+    whole = next(other for other in published["runs"] if other["seed"] == run["seed"])
+    return (
+        f"`{record['command']}`: {run['peak_memory_bytes'] / 1e9:.2f} GB of peak memory (limit: {limit:.1f}), test "
+        f"accuracy {100 * run['test']['accuracy']:.2f}; the published run of this seed, without, "
+        f"{whole['peak_memory_bytes'] / 1e9:.2f} GB and {100 * whole['test']['accuracy']:.2f}.\n"
+    )
 
 
 def benchmark(root: Path, _: list[str]) -> str:
@@ -203,7 +221,7 @@ def benchmark(root: Path, _: list[str]) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
-    function.__name__: function for function in (results, aims, charts, result, chart, sweep, benchmark)
+    function.__name__: function for function in (results, aims, charts, result, chart, sweep, small_gpu, benchmark)
 }
 
 

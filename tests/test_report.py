@@ -132,6 +132,7 @@ def test_tables_hold_the_records_figures(project):
         "command": "python sweep",
         "results": [{"--lr": "1e-3", "validation_accuracy": 0.9, "validation_loss": 0.25}],
     }
+    sweep |= {"environment": {"commit": "fedcba9876543210"}}
     sweep["results"][0]["best_epoch"] = [2]
     (project / "A" / "sweep.json").write_text(json.dumps(sweep))
     report.main(project)
@@ -154,10 +155,21 @@ def test_tables_hold_the_records_figures(project):
     assert "Before training: accuracy 50.0." in page
     assert "![bar_chart.png](bar_chart.png)" in page
     assert "| 1e-3 | 90.00 | 0.2500 |" in page
+    assert "`python sweep`, commit fedcba9876\n" in page
     assert report.UNMEASURED not in page
     again = shutil.copytree(project, project.parent / "again")
     report.main(again)
     assert (again / "README.md").read_text() == text
+
+
+def test_small_steps_are_compared_with_the_same_seed(project):
+    published, small = record("A", [0.90, 0.92]), record("A", [0.93])
+    small["runs"][0] |= {"seed": 1, "peak_memory_bytes": 1.5e9}
+    (project / "A" / "results.json").write_text(json.dumps(published))
+    (project / "A" / "small_gpu.json").write_text(json.dumps(small))
+    text = report.render("<!-- small_gpu A 2.5 -->\n<!-- end -->", project)
+    assert "1.50 GB of peak memory (limit: 2.5), test accuracy 93.00;" in text
+    assert "2.50 GB and 92.00." in text
 
 
 def test_the_benchmark_table(project):
