@@ -217,6 +217,13 @@ def benchmark(root: Path, _: list[str]) -> str:
         header = "method,usual (reviews/s),ours (reviews/s),ratio (range),usual (GB),ours (GB),of the hardware's limit"
         device = record["environment"]["gpu"] or f"CPU ({record['environment']['cpu']})"
         text += f"{device}: `{record['command']}`\n\n{table(header.split(','), rows)}\n"
+        if whole := record.get("whole_command"):
+            text += (
+                f"The whole command for one seed of LoRA took {whole['seconds']:.1f} seconds: training "
+                f"{whole['train_seconds']:.1f}, the rest of `train` (model, evaluation, saving) "
+                f"{whole['run_seconds'] - whole['train_seconds']:.1f}, and imports, data and charts "
+                f"{whole['seconds'] - whole['run_seconds']:.1f}.\n\n"
+            )
     return text or UNMEASURED
 
 

@@ -35,6 +35,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -322,6 +323,17 @@ def growth(methods: list[str], job: dict, tokenizer, folder: Path) -> list[dict]
     return rows
 
 
+def whole_command(model: str, dataset: str) -> dict:
+    """Seconds of `python PEFT_LORA/train.py --seeds 0` on all reviews, imports included; caches should be warm."""
+    with TemporaryDirectory() as folder:
+        flags = ["--seeds", "0", "--model", model, "--dataset", dataset, "--output_dir", folder]
+        start = time.perf_counter()
+        subprocess.run([sys.executable, ROOT / "PEFT_LORA" / "train.py", *flags], check=True)
+        seconds = time.perf_counter() - start
+        run = json.loads((Path(folder) / "results.json").read_text())["runs"][0]
+    return {"seconds": seconds, "run_seconds": run["total_seconds"], "train_seconds": run["train_seconds"]}
+
+
 def show(content: dict) -> None:
     """The tables, as text."""
     print()
@@ -343,6 +355,12 @@ def show(content: dict) -> None:
         ratio = "{median:.2f} ({min:.2f}-{max:.2f})".format(**found["ratio"])
         limit = f"{found['floor_reviews_per_second']:>10.1f}{100 * found['share_of_floor']:>9.1f}%"
         print(f"{method:<11}{speed}  {ratio:<18}{memory}{limit}")
+    if whole := content["whole_command"]:
+        print(
+            "Whole command: {seconds:.1f} s, of it in `train` {run_seconds:.1f}, training {train_seconds:.1f}".format(
+                **whole
+            )
+        )
     for row in content["growth"]:
         title = f"{row['method']:<11}{row['model']:<30}{row['max_length']:>4} tokens "
         print(title, row.get("error") or f"{row['reviews_per_second']:.1f}/s, {row['peak_memory_bytes'] / 1e6:.0f} MB")
@@ -358,6 +376,7 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=Config.max_length, help="Tokens per review. [512]")
     parser.add_argument("--rounds", type=int, default=3, help="Measurements of each side; 0 for --growth alone. [3]")
     parser.add_argument("--growth", action="store_true", help="Also ours for several lengths and sizes of backbone.")
+    parser.add_argument("--whole", action="store_true", help="Also the whole command for one seed of LoRA.")
     parser.add_argument("--json", type=Path, help="File to write everything to.")
     args = parser.parse_args()
     flags = [f"--{name}={getattr(args, name)}" for name in ("model", "dataset", "epochs", "max_length")]
@@ -381,10 +400,15 @@ def main() -> None:
             if "ratio" in found:
                 speed = statistics.median(found["ours"]["reviews_per_second"])
                 found["share_of_floor"] = speed / found["floor_reviews_per_second"]
+        whole = whole_command(args.model, args.dataset) if args.whole else None
         grown = growth(args.methods, job, tokenizer, Path(folder)) if args.growth else []
     settings = {"model": shown(args.model), "dataset": shown(args.dataset), "reviews": len(reviews)}
     settings |= {"epochs": args.epochs, "max_length": args.max_length, "rounds": args.rounds}
-    words = [f"--{name} {value}" for name, value in settings.items()] + ["--growth"] * args.growth
+    words = (
+        [f"--{name} {value}" for name, value in settings.items()]
+        + ["--growth"] * args.growth
+        + ["--whole"] * args.whole
+    )
     content = {
         "command": " ".join(["python tests/benchmark.py --methods", *args.methods, *words]),
         **settings,
@@ -392,6 +416,7 @@ def main() -> None:
         "limits": limits,
         "methods": methods,
         "growth": grown,
+        "whole_command": whole,
         "environment": environment(),
     }
     show(content)

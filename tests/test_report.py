@@ -179,10 +179,13 @@ def test_the_benchmark_table(project):
         "A": {"usual": side, "ours": side, "ratio": {"median": 4.2, "min": 4.0, "max": 4.5}, "share_of_floor": 0.31}
     }
     content = {"environment": {"gpu": "G1", "cpu": "c"}, "command": "python b", "methods": methods}
+    content["whole_command"] = {"seconds": 44.4, "run_seconds": 30.0, "train_seconds": 22.5}
     (project / "tests" / "benchmark_g1.json").write_text(json.dumps(content))
     text = report.render("<!-- benchmark -->\n<!-- end -->", project)
     assert "G1: `python b`" in text
     assert "| A | 11.0 | 11.0 | 4.2 (4.0 to 4.5) | 1.00 | 1.00 | 31% |" in text
+    assert "took 44.4 seconds: training 22.5, the rest of `train` (model, evaluation, saving) 7.5" in text
+    assert "imports, data and charts 14.4." in text
 
 
 def test_paths_are_not_published(tmp_path):
