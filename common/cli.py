@@ -50,11 +50,14 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--output_dir {output_dir}: {existing} is no folder that can be written to")
     if config.demo:
-        from common.demo import build_demo
+        from common.demo import build_demo, demo_folders
 
         torch.set_num_threads(1)  # more would only get in each other's way with so small a model
-        with PartialState().main_process_first():
-            model, data = build_demo(Path(output_dir) / "generated")
+        state, generated = PartialState(), Path(output_dir) / "generated"
+        if state.is_local_main_process:  # it alone: written again, files would vanish while another process reads them
+            build_demo(generated)
+        state.wait_for_everyone()
+        model, data = demo_folders(generated)
         parser.set_defaults(**DEMO_SETTINGS, model=str(model), dataset=str(data))
         config = _parse(parser, argv)
     config.output_dir = output_dir

@@ -112,6 +112,11 @@ def write_corpus() -> tuple[list[dict], list[dict]]:
     return train, test
 
 
+def demo_folders(folder: Path) -> tuple[Path, Path]:
+    """Where `build_demo` puts the model and the reviews."""
+    return folder / "tiny-bert", folder / "generated-reviews"
+
+
 def build_demo(folder: Path) -> tuple[Path, Path]:
     """Write <folder>/tiny-bert and <folder>/generated-reviews/{train,test}.jsonl, always the same bytes.
 
@@ -120,7 +125,7 @@ def build_demo(folder: Path) -> tuple[Path, Path]:
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
 
-    model_folder, data_folder = folder / "tiny-bert", folder / "generated-reviews"
+    model_folder, data_folder = demo_folders(folder)
     data_folder.mkdir(parents=True, exist_ok=True)
     train, test = write_corpus()
     for name, rows in (("train", train), ("test", test)):

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 
 import common.demo
 from common.cli import UserError, parse_config, run
@@ -28,12 +29,7 @@ def parse(flags: str = "", folder: Path = FOLDER):
 def demo_built(monkeypatch):
     """The folders in which a demo was asked for; nothing is generated."""
     built = []
-
-    def build_demo(folder):
-        built.append(folder)
-        return folder / "tiny", folder / "generated"
-
-    monkeypatch.setattr(common.demo, "build_demo", build_demo)
+    monkeypatch.setattr(common.demo, "build_demo", built.append)
     return built
 
 
@@ -153,7 +149,7 @@ def test_demo_needs_nothing_else(demo_built):
     config, usual = parse("--demo"), parse()
     assert demo_built == [FOLDER / "runs/demo/generated"]
     assert config.output_dir == str(FOLDER / "runs/demo")
-    assert (config.model, config.dataset) == (str(demo_built[0] / "tiny"), str(demo_built[0] / "generated"))
+    assert (config.model, config.dataset) == tuple(map(str, common.demo.demo_folders(demo_built[0])))
     assert config.model_revision is config.dataset_revision is None
     assert config.max_length < usual.max_length and config.batch_size < usual.batch_size and config.seeds == [0]
 
@@ -163,7 +159,14 @@ def test_flags_by_hand_win_over_the_demo(demo_built):
     config = parse(flags)
     assert (config.model, config.model_revision, config.dataset_revision) == ("mine", None, "v2")
     assert (config.max_length, config.seeds, config.batch_size, config.output_dir) == (32, [4, 5], 128, "out")
-    assert demo_built == [Path("out/generated")] and config.dataset == "out/generated/generated"
+    assert demo_built == [Path("out/generated")] and config.dataset == "out/generated/generated-reviews"
+
+
+def test_one_process_of_a_machine_writes_the_demo_and_the_others_read_it(demo_built, monkeypatch):
+    first = parse("--demo")
+    monkeypatch.setattr(PartialState, "is_local_main_process", False)
+    second = parse("--demo")
+    assert len(demo_built) == 1 and (second.model, second.dataset) == (first.model, first.dataset)
 
 
 def test_demo_writes_what_it_names(tmp_path):
