@@ -49,6 +49,7 @@ class Config:
         help="Commit, tag or branch of the data set on the Hub; of another --dataset than the default, main.",
     )
     max_length: int = HfArg(default=512, help="Tokens per review; a longer one loses its beginning.")
+    epochs: int = HfArg(default=5, help="Passes over the training reviews; validation chooses the best of them.")
     batch_size: int = HfArg(default=128, help="Reviews per update of the weights, over all processes and steps.")
     gradient_accumulation_steps: int | None = HfArg(
         default=None,
@@ -68,11 +69,7 @@ class Config:
     demo: bool = HfArg(default=False, help="Generated reviews and a tiny model: try the whole job out.")
 
     # This method
-    epochs: int = HfArg(
-        default=20,
-        help="Passes over the training reviews; validation chooses the best. After the first they cost little.",
-    )
-    learning_rate: float = HfArg(default=1.5e-2, help="Peak of the schedule. A head of two layers takes large steps.")
+    learning_rate: float = HfArg(default=3e-2, help="Peak of the schedule. A head of two layers takes large steps.")
 
 
 def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str]]:

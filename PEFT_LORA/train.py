@@ -48,6 +48,7 @@ class Config:
         help="Commit, tag or branch of the data set on the Hub; of another --dataset than the default, main.",
     )
     max_length: int = HfArg(default=512, help="Tokens per review; a longer one loses its beginning.")
+    epochs: int = HfArg(default=5, help="Passes over the training reviews; validation chooses the best of them.")
     batch_size: int = HfArg(default=128, help="Reviews per update of the weights, over all processes and steps.")
     gradient_accumulation_steps: int | None = HfArg(
         default=None,
@@ -67,7 +68,6 @@ class Config:
     demo: bool = HfArg(default=False, help="Generated reviews and a tiny model: try the whole job out.")
 
     # This method
-    epochs: int = HfArg(default=5, help="Passes over the training reviews; validation chooses the best of them.")
     learning_rate: float = HfArg(
         default=2e-3, help="Peak of the schedule. At full fine-tuning's 2e-5 LoRA hardly learns."
     )

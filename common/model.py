@@ -1,6 +1,8 @@
 """The parts of a pretrained classifier, found by its structure: head, blocks, projections; and its precision."""
 
+import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -157,6 +159,31 @@ def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) ->
             part.p = 0.0
         if isinstance(getattr(part, "attention_dropout", None), float):  # decoders' attention has it as a number
             part.attention_dropout = 0.0
+
+
+def compute_frozen_parts_in(dtype: torch.dtype, model: nn.Module) -> None:
+    """Let frozen embeddings, linear layers and LayerNorms compute with copies of their weights in `dtype`.
+
+    Autocast would cast the weights in every step, and let LayerNorm give fp32, for every layer after it to cast again.
+    The weights themselves, which are saved, stay as they are.
+    """
+    for part in list(model.modules()):
+        if hasattr(part, "cast_input_dtype_enabled"):
+            part.cast_input_dtype_enabled = False  # PEFT would cast to fp32 what autocast then casts back
+        if any(weight.requires_grad for weight in part.parameters()):
+            continue
+        if type(part) in (nn.Embedding, nn.Linear):  # not what bitsandbytes derives from them
+            part.forward = copy.deepcopy(part).to(dtype).forward
+        if type(part) is nn.LayerNorm:
+            part.forward = _without_autocast(copy.deepcopy(part).to(dtype))
+
+
+def _without_autocast(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    @torch.autocast(layer.weight.device.type, enabled=False)
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        return layer(hidden.to(layer.weight.dtype))
+
+    return forward
 
 
 def keep_trainable(model: nn.Module) -> None:

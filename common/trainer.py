@@ -22,6 +22,7 @@ from transformers.utils import logging
 from common.cli import UserError
 from common.frozen import FrozenBlocks
 from common.metrics import EpochProgress, synchronize
+from common.model import compute_frozen_parts_in
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses; read at its first call
 torch.utils.deterministic.fill_uninitialized_memory = False  # a search for bugs, at the cost of a write per tensor
@@ -131,6 +132,8 @@ class ReviewTrainer(Trainer):
         self.add_callback(EpochProgress)
         self.stored_seconds = 0.0  # of the training reviews' one pass through frozen blocks
         self.frozen_blocks = FrozenBlocks.of(self.model)
+        if self.args.bf16:
+            compute_frozen_parts_in(torch.bfloat16, self.model)
 
     def tensors_of(self, reviews: datasets.Dataset) -> ReviewTensors:
         """The reviews on the device."""

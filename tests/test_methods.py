@@ -26,6 +26,7 @@ from common.model import (
     label_config,
     mixed_precision,
     trainable_state,
+    transformer_blocks,
 )
 from common.preflight import check_trainable
 from common.trainer import ReviewTrainer
@@ -106,6 +107,31 @@ def test_trains_what_it_says_and_nothing_else(method, architecture, backbones, t
     make_trainer(model, tmp_path, tokens).train()
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name]) != weight.requires_grad, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_frozen_parts_compute_in_bf16_and_stay_in_fp32(architecture, backbones, tokens, tmp_path):
+    model, _ = build(import_method("PEFT_LORA"), backbones[architecture])
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    trainer = make_trainer(model, tmp_path, tokens, bf16=True, use_cpu=True, max_steps=2)
+    batch = trainer.tensors_of(tokens["train"]).__getitems__([0, 1, 2, 3])
+    _, blocks = transformer_blocks(model.get_base_model())
+    model.eval()
+    dtypes = []
+    blocks[0].register_forward_hook(
+        lambda block, inputs, output: dtypes.append((output[0] if isinstance(output, tuple) else output).dtype)
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(**batch).logits
+    untouched, _ = build(import_method("PEFT_LORA"), backbones[architecture])
+    with torch.no_grad():
+        assert torch.allclose(logits.float(), untouched.eval()(**batch).logits, atol=0.02)
+    assert dtypes == [torch.bfloat16]
+    trainer.train()
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == before[name].dtype
+        trains = "lora_" in name or "modules_to_save" in name
+        assert torch.equal(weight, before[name]) != trains, name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
