@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset
-from transformers import AttentionMaskInterface, PrinterCallback, ProgressCallback, Trainer
+from transformers import AttentionInterface, AttentionMaskInterface, PrinterCallback, ProgressCallback, Trainer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.utils import logging
 
@@ -27,13 +28,14 @@ from common.model import compute_frozen_parts_in
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses; read at its first call
 torch.utils.deterministic.fill_uninitialized_memory = False  # a search for bugs, at the cost of a write per tensor
 
+WIDTH_STEP = 16  # batches are a multiple of it wide: for every new shape cuBLAS searches its kernels anew, on the host
+
 
 class ReviewTensors(Dataset):
     """Tokenised reviews on `device`; a list of rows gives one padded batch, with no copy from the host's memory.
 
     reviews: columns `input_ids` (lists of tokens), `labels` (int). A batch has `input_ids` of shape (rows, width),
-    `labels` of shape (rows,), and where a row is padded `attention_mask` of shape (rows, width): without a mask
-    attention is faster.
+    `labels` of shape (rows,), and where a row is padded `attention_mask` of shape (rows, width).
     """
 
     def __init__(self, reviews: datasets.Dataset, pad_token_id: int, device: torch.device):
@@ -49,12 +51,16 @@ class ReviewTensors(Dataset):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def width(self, rows: list[int]) -> int:
+        """Tokens per row of a batch, padding included."""
+        longest = int(self.lengths[rows].max())
+        return min(math.ceil(longest / WIDTH_STEP) * WIDTH_STEP, self.input_ids.shape[1])
+
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        lengths = self.lengths[rows]  # known on the host: nothing here waits for the device
-        width = int(lengths.max())
+        width = self.width(rows)  # lengths are known on the host: nothing here waits for the device
         index = torch.tensor(rows).to(self.labels.device, non_blocking=True)
         batch = {"input_ids": self.input_ids[:, :width][index].long(), "labels": self.labels[index]}
-        if lengths.min() < width:
+        if self.lengths[rows].min() < width:
             places = torch.arange(width, device=index.device)
             batch["attention_mask"] = (places < self.token_counts[index].unsqueeze(1)).long()
         return batch
@@ -108,8 +114,8 @@ class LengthGroupedBatches(Sampler):
 
     def __iter__(self):
         random = np.random.default_rng((self.seed, self.epoch))
-        # Noise of a few tokens gives every review other neighbours in every epoch, for about 2% of padding.
-        by_length = np.argsort(self.lengths + random.uniform(0, 12, len(self.lengths)))
+        # Among reviews that need the same width the order is random: most get other neighbours in every epoch.
+        by_length = np.lexsort((random.random(len(self.lengths)), np.ceil(self.lengths / WIDTH_STEP)))
         batches = np.array_split(by_length, self.updates)
         for update in random.permutation(self.updates):
             for part in np.array_split(random.permutation(batches[update]), self.steps):
@@ -125,6 +131,7 @@ class ReviewTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         AttentionMaskInterface.register("sdpa", mask_without_waiting)
+        AttentionInterface.register("sdpa", flash_attention)
         super().__init__(*args, compute_loss_func=mean_cross_entropy, **kwargs)
         self.on_device, self.stored = {}, {}  # by fingerprint of the data set
         for verbose in (ProgressCallback, PrinterCallback):  # Trainer adds one of them
@@ -212,7 +219,7 @@ class ReviewTrainer(Trainer):
         else:
             batches = list(self.training_batches())
         tokens = sum(tensors.lengths[rows].sum() for rows in batches)
-        return 100 * (1 - tokens / sum(tensors.lengths[rows].max() * len(rows) for rows in batches))
+        return 100 * (1 - tokens / sum(tensors.width(rows) * len(rows) for rows in batches))
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer's own count walks over all weights in every step
@@ -223,9 +230,42 @@ def mask_without_waiting(*args, mask_function=None, attention_mask=None, **kwarg
 
     attention_mask: (rows, width); for an encoder it is as good as a mask for every pair of tokens.
     """
-    if mask_function is bidirectional_mask_function and attention_mask is not None:
-        return attention_mask[:, None, None, :]
-    return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+    if mask_function is not bidirectional_mask_function or attention_mask is None:
+        return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+    mask = attention_mask[:, None, None, :]
+    mask.sequence_ends = sequence_ends(attention_mask)  # once, for all blocks
+    return mask
+
+
+def sequence_ends(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Where sequences end when rows stand one after another, each as two sequences: its text, then its padding.
+
+    attention_mask: (rows, width). Returns (1 + 2 * rows,), from 0 to rows * width.
+    """
+    rows, width = attention_mask.shape
+    starts = torch.arange(0, rows * width, width, device=attention_mask.device)
+    ends = torch.stack([starts + attention_mask.sum(1), starts + width], dim=1)
+    return nn.functional.pad(ends.flatten(), (1, 0)).int()
+
+
+def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """transformers' attention by PyTorch, but padded batches go through flash attention too, where the GPU has it.
+
+    Flash attention takes no mask, so PyTorch would choose a kernel that is several times slower. It takes
+    sequences of any length, though, and padding can be such a sequence. query, key, value: (rows, heads, width, size).
+    """
+    ends = getattr(attention_mask, "sequence_ends", None)
+    case = torch.backends.cuda.SDPAParams(query, key, value, None, dropout, False, False)
+    biased = kwargs.get("position_bias") is not None
+    if ends is None or biased or not torch.backends.cuda.can_use_flash_attention(case):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    rows, heads, width, size = query.shape
+    query, key, value = (part.transpose(1, 2).reshape(rows * width, heads, size) for part in (query, key, value))
+    # What torch.nn.attention.varlen_attn calls, which has no dropout
+    output, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, ends, ends, width, width, dropout, False, False, scale=scaling
+    )
+    return output.view(rows, width, heads, size), None
 
 
 def mean_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:

@@ -1,12 +1,15 @@
 """The data path and the stored outputs of frozen blocks give what the plain way gives."""
 
 import importlib
+import math
 from itertools import chain
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, configure
+from torch import nn
 from torch.utils.data import Subset
 from transformers import (
     AutoTokenizer,
@@ -17,13 +20,14 @@ from transformers import (
     XLMForSequenceClassification,
     set_seed,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.cli import UserError
 from common.data import load_reviews, tokenize, training_sample
 from common.frozen import FrozenBlocks
 from common.metrics import validation_scores
 from common.model import label_config, trainable_state, transformer_blocks
-from common.trainer import LengthGroupedBatches, ReviewTensors, ReviewTrainer
+from common.trainer import LengthGroupedBatches, ReviewTensors, ReviewTrainer, flash_attention, sequence_ends
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def test_batches_hold_the_reviews_and_nothing_else(tokens):
     rows = [7, 3, 50]
     batch = batches.__getitems__(rows)
     longest = max(len(tokens["train"][row]["input_ids"]) for row in rows)
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, longest)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 16 * math.ceil(longest / 16))
     for place, row in enumerate(rows):
         mask = batch["attention_mask"][place].bool()
         assert batch["input_ids"][place][mask].tolist() == tokens["train"][row]["input_ids"]
@@ -63,13 +67,17 @@ def test_batches_hold_the_reviews_and_nothing_else(tokens):
         assert batch["labels"][place] == tokens["train"][row]["labels"]
 
 
-def test_a_batch_without_padding_has_no_mask(tokens):
-    batches = ReviewTensors(tokens["train"], 0, torch.device("cpu"))
-    length = batches.lengths[7]
-    same = [row for row in range(len(batches)) if batches.lengths[row] == length][:2]
-    shorter = int(batches.lengths.argmin())
-    assert "attention_mask" not in batches.__getitems__(same)
-    assert "attention_mask" in batches.__getitems__([*same, shorter])
+def tensors_of_lengths(lengths):
+    reviews = {"input_ids": [[7] * length for length in lengths], "labels": [0] * len(lengths)}
+    return ReviewTensors(datasets.Dataset.from_dict(reviews), 0, torch.device("cpu"))
+
+
+def test_widths_are_few_and_a_batch_without_padding_has_no_mask():
+    batches = tensors_of_lengths([16, 16, 17, 5, 40])
+    assert [batches.width([row]) for row in range(5)] == [16, 16, 32, 16, 40]  # never more than the longest review
+    assert batches.__getitems__([0, 1])["input_ids"].shape == (2, 16)
+    assert "attention_mask" not in batches.__getitems__([0, 1]) and "attention_mask" not in batches.__getitems__([4])
+    assert batches.__getitems__([0, 3])["attention_mask"].sum(1).tolist() == [16, 5]
 
 
 def test_every_review_trains_once_per_epoch_in_a_new_order():
@@ -92,8 +100,13 @@ def test_every_review_trains_once_per_epoch_in_a_new_order():
 
 def test_padding_stays_under_3_percent_for_lengths_like_imdbs():
     lengths = np.minimum(np.random.default_rng(0).lognormal(5.45, 0.65, 22_500), 512).astype(int)
-    batches = [lengths[rows] for rows in LengthGroupedBatches(lengths, 128, seed=0)]
-    assert 1 - lengths.sum() / sum(batch.max() * len(batch) for batch in batches) < 0.03
+    reviews = datasets.Dataset.from_dict(
+        {"input_ids": [[7] * length for length in lengths], "labels": [0] * len(lengths)}
+    )
+    batches = ReviewTensors(reviews, 0, torch.device("cpu"))
+    order = list(LengthGroupedBatches(lengths, 128, seed=0))
+    assert 1 - lengths.sum() / sum(batches.width(rows) * len(rows) for rows in order) < 0.03
+    assert len({batches.width(rows) for rows in order}) <= 32
 
 
 def test_processes_and_accumulation_steps_share_the_same_global_batches():
@@ -142,6 +155,56 @@ def test_padding_does_not_change_the_logits(architecture, backbones, tokens, tmp
     with torch.no_grad():
         alone = [trainer.model.eval()(input_ids=rows[row].unsqueeze(0)).logits[0] for row in longest_first]
     torch.testing.assert_close(torch.tensor(prediction.predictions), torch.stack(alone), rtol=1e-3, atol=1e-4)
+
+
+def attention_one_by_one(query, key, value, ends, ends_of_keys, longest, _, dropout, causal, debug, scale):
+    """What PyTorch's flash attention, which needs a GPU, does with sequences one after another."""
+    assert torch.equal(ends, ends_of_keys) and ends.dtype == torch.int32 and not dropout and not causal and not debug
+    assert ends[0] == 0 and ends[-1] == len(query) and ends.diff().min() >= 0 and ends.diff().max() <= longest
+    lengths = ends.diff().tolist()
+    parts = [part.transpose(0, 1).split(lengths, dim=1) for part in (query, key, value)]
+    outputs = [
+        nn.functional.scaled_dot_product_attention(*sequence, scale=scale) for sequence in zip(*parts, strict=True)
+    ]
+    return torch.cat(outputs, dim=1).transpose(0, 1), None, None, None, None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_as_a_sequence_gives_the_same_logits(architecture, backbones, tokens, tmp_path, monkeypatch):
+    trainer = make_trainer("LAST_LAYER", backbones[architecture], tmp_path, tokens)
+    masked = trainer.predict(tokens["test"]).predictions
+    calls = []
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda case: not calls.append(case))
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attention_one_by_one)
+    torch.testing.assert_close(trainer.predict(tokens["test"]).predictions, masked, rtol=1e-3, atol=1e-4)
+    encoders = {"bert", "distilbert", "roberta", "electra"}  # DeBERTa has attention of its own, decoders a causal mask
+    assert bool(calls) == (architecture in encoders)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_flash_attention_on_a_gpu(dropout):
+    torch.manual_seed(0)
+    lengths = torch.tensor([5, 64, 33, 1], device="cuda")
+    mask = torch.arange(64, device="cuda") < lengths[:, None]
+    # Laid out as the projections leave them
+    parts = [torch.randn(4, 64, 3, 32, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
+    results = []
+    for kernel in (flash_attention, sdpa_attention_forward):
+        four_d = mask[:, None, None, :]
+        four_d.sequence_ends = sequence_ends(mask)
+        leaves = [part.clone().requires_grad_() for part in parts]
+        torch.manual_seed(1)
+        output, _ = kernel(nn.Module(), *leaves, four_d, dropout, is_causal=False)
+        output = torch.where(mask[:, :, None, None], output, 0)
+        output.float().square().sum().backward()
+        results.append([output, *(leaf.grad for leaf in leaves)])
+    for flash, masked in zip(*results, strict=True):
+        assert flash.isfinite().all()
+        if dropout:  # drawn differently: right on average
+            assert 0.7 < flash.float().norm() / masked.float().norm() < 1.4
+        else:
+            torch.testing.assert_close(flash, masked, rtol=0.02, atol=0.03)
 
 
 def test_each_review_passes_the_frozen_blocks_once(backbones, tokens, tmp_path):
