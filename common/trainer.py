@@ -255,11 +255,11 @@ def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     sequences of any length, though, and padding can be such a sequence. query, key, value: (rows, heads, width, size).
     """
     ends = getattr(attention_mask, "sequence_ends", None)
-    case = torch.backends.cuda.SDPAParams(query, key, value, None, dropout, False, False)
-    biased = kwargs.get("position_bias") is not None
-    if ends is None or biased or not torch.backends.cuda.can_use_flash_attention(case):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     rows, heads, width, size = query.shape
+    fits = ends is not None and size % 8 == 0 and kwargs.get("position_bias") is None
+    case = torch.backends.cuda.SDPAParams(query, key, value, None, dropout, False, False)
+    if not (fits and torch.backends.cuda.can_use_flash_attention(case)):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     query, key, value = (part.transpose(1, 2).reshape(rows * width, heads, size) for part in (query, key, value))
     # What torch.nn.attention.varlen_attn calls, which has no dropout
     output, *_ = torch.ops.aten._flash_attention_forward(

@@ -17,6 +17,7 @@ from conftest import METHODS, ROOT
 
 from common.cli import UserError
 from common.data import load_reviews
+from common.trainer import ReviewTrainer
 
 SCRIPTS = [ROOT / method / "train.py" for method in METHODS]
 
@@ -174,7 +175,7 @@ import sys, torch
 from pathlib import Path
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-for folder in map(Path, sys.argv[1:]):
+for folder in map(Path, sys.argv[2:]):
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if (folder / "adapter_config.json").exists():
         names = {"id2label": config.id2label, "label2id": config.label2id}
@@ -186,36 +187,55 @@ for folder in map(Path, sys.argv[1:]):
     for part in model.modules():  # or else bitsandbytes infers in bf16 on the CPUs that can
         if hasattr(part, "support_avx512bf16_for_cpu"):
             part.support_avx512bf16_for_cpu = False
-    inputs = tokenizer("The plot is dull, but the acting saves it.", return_tensors="pt")
+    inputs = tokenizer(sys.argv[1], return_tensors="pt")
     with torch.no_grad():
         print([model.config.id2label[0], model.config.id2label[1], *model(**inputs).logits[0].tolist()])
 """
 
 
-def test_trap_13_a_fresh_process_has_the_same_logits_and_label_names(tmp_path, monkeypatch):
-    expected, folders = [], []
-    for name in METHODS:
-        method = importlib.import_module(f"{name}.train")
-        predict = method.ReviewTrainer.predict
+SENTENCE = "The plot is dull, but the acting saves it."
+SMALL = ["--demo", "--epochs", "1", "--seeds", "3", "--max_train_samples", "600", "--max_test_samples", "60"]
 
-        def keep_logits(self, reviews, predict=predict, **kwargs):
-            inputs = self.processing_class("The plot is dull, but the acting saves it.", return_tensors="pt")
+
+@pytest.fixture(scope="module")
+def small_runs(tmp_path_factory):
+    """A small run of every method in this process: its record, its model's folder, and for every look at the test
+    reviews whether training was over, their number, and the logits of SENTENCE."""
+    runs, predict = {}, ReviewTrainer.predict
+    for name in METHODS:
+        looks, folder = [], tmp_path_factory.mktemp(name)
+
+        def watched(self, reviews, looks=looks, **kwargs):
+            inputs = self.processing_class(SENTENCE, return_tensors="pt")
             with torch.no_grad():
-                expected.append(self.model.eval()(**inputs).logits[0].tolist())
+                logits = self.model.eval()(**inputs).logits[0].tolist()
+            looks.append((self.state.global_step == self.state.max_steps, len(reviews), logits))
             return predict(self, reviews, **kwargs)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(method.ReviewTrainer, "predict", keep_logits)
-            flags = ["--demo", "--epochs", "1", "--max_train_samples", "600", "--max_test_samples", "60"]
-            method.main([*flags, "--output_dir", str(tmp_path / name)])
-        folders.append(tmp_path / name / "seed_0" / "model")
-    result = run("-c", RELOAD, *folders)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ReviewTrainer, "predict", watched)
+            record = importlib.import_module(f"{name}.train").main([*SMALL, "--output_dir", str(folder)])
+        runs[name] = record, folder / "seed_3" / "model", looks
+    return runs
+
+
+def test_trap_13_a_fresh_process_has_the_same_logits_and_label_names(small_runs):
+    result = run("-c", RELOAD, SENTENCE, *(folder for _, folder, _ in small_runs.values()))
     assert result.returncode == 0, result.stderr
-    chosen = expected[::2]  # the first look at the test reviews is the chosen model's, the second the untrained one's
-    for line, logits in zip(result.stdout.splitlines(), chosen, strict=True):
+    for line, (_, _, looks) in zip(result.stdout.splitlines(), small_runs.values(), strict=True):
         negative, positive, *fresh = ast.literal_eval(line)
         assert (negative, positive) == ("negative", "positive")
-        assert fresh == pytest.approx(logits, abs=1e-4)
+        assert fresh == pytest.approx(looks[0][2], abs=1e-4)  # the second look is the untrained model's
+
+
+def test_traps_10_and_12_test_reviews_wait_and_a_seed_repeats(method, small_runs, tmp_path):
+    record, _, looks = small_runs[method.FOLDER.name]
+    assert [look[:2] for look in looks] == [(True, 60)] * 2
+    first, again = record["runs"][0], method.main([*SMALL, "--output_dir", str(tmp_path)])["runs"][0]
+    assert first["test"] == again["test"]
+    assert [epoch["validation_loss"] for epoch in first["epochs"]] == [
+        epoch["validation_loss"] for epoch in again["epochs"]
+    ]
 
 
 def test_a_finished_run_is_not_repeated_by_resume(method, demos, monkeypatch):
@@ -246,48 +266,28 @@ def test_a_mistake_costs_no_trained_model(method, demos, monkeypatch):
     assert folder / "seed_0" / "model" in before
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(method, tmp_path, monkeypatch):
-    flags = ["--demo", "--epochs", "3", "--max_train_samples", "600", "--max_test_samples", "100", "--output_dir"]
-    whole = method.main([*flags, str(tmp_path / "whole")])
+def test_an_interrupted_run_goes_on_to_the_same_result(method, demos, tmp_path, monkeypatch):
+    whole = json.loads((demos[0] / method.FOLDER.name / "results.json").read_text())
+    flags = ["--demo", "--epochs", "2", "--output_dir", str(tmp_path)]
     trainer_class = method.ReviewTrainer
 
     class Interrupted(trainer_class):
         def _save_checkpoint(self, *args, **kwargs):
             super()._save_checkpoint(*args, **kwargs)
-            if self.state.epoch == 2:
-                raise KeyboardInterrupt
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(method, "ReviewTrainer", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        method.main([*flags, str(tmp_path / "parts")])
+        method.main(flags)
     monkeypatch.setattr(method, "ReviewTrainer", trainer_class)
-    (tmp_path / "parts" / "seed_0" / "checkpoint-99999").mkdir()  # as if killed while it was written
-    resumed = method.main([*flags, str(tmp_path / "parts"), "--resume"])
+    (tmp_path / "seed_0" / "checkpoint-99999").mkdir()  # as if killed while it was written
+    resumed = method.main([*flags, "--resume"])
     for run_whole, run_resumed in zip(whole["runs"], resumed["runs"], strict=True):
         for key in ("best_epoch", "untrained_test", "test"):
             assert run_whole[key] == run_resumed[key]
         for one, other in zip(run_whole["epochs"], run_resumed["epochs"], strict=True):
             assert {**one, "seconds": 0} == {**other, "seconds": 0}
             assert (one["seconds"] > 0) == (other["seconds"] > 0)
-
-
-def test_traps_10_and_12_test_reviews_wait_and_a_seed_repeats(method, tmp_path, monkeypatch):
-    looks = []
-    predict = method.ReviewTrainer.predict
-
-    def watched(self, reviews, *args, **kwargs):
-        looks.append((self.state.global_step == self.state.max_steps, len(reviews)))
-        return predict(self, reviews, *args, **kwargs)
-
-    monkeypatch.setattr(method.ReviewTrainer, "predict", watched)
-    flags = ["--demo", "--epochs", "1", "--seeds", "3", "--max_train_samples", "600", "--max_test_samples", "60"]
-    flags.append("--output_dir")
-    first, again = (method.main([*flags, str(tmp_path / str(number))])["runs"][0] for number in range(2))
-    assert looks == [(True, 60)] * 4
-    assert first["test"] == again["test"]
-    assert [epoch["validation_loss"] for epoch in first["epochs"]] == [
-        epoch["validation_loss"] for epoch in again["epochs"]
-    ]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

@@ -26,7 +26,7 @@ from common.data import load_reviews, tokenize, training_sample
 from common.frozen import FrozenBlocks
 from common.metrics import validation_scores
 from common.model import label_config, trainable_state, transformer_blocks
-from common.trainer import LengthGroupedBatches, ReviewTensors, ReviewTrainer
+from common.trainer import LengthGroupedBatches, ReviewTensors, ReviewTrainer, flash_attention, sequence_ends
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +178,17 @@ def test_padding_as_a_sequence_gives_the_same_logits(architecture, backbones, to
     torch.testing.assert_close(trainer.predict(tokens["test"]).predictions, masked, rtol=1e-3, atol=1e-4)
     encoders = {"bert", "distilbert", "roberta", "electra"}  # DeBERTa has attention of its own, decoders a causal mask
     assert bool(calls) == (architecture in encoders)
+
+
+def test_heads_that_flash_attention_does_not_take_go_the_usual_way(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda case: True)  # it would pad them
+    attention_mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    mask = attention_mask[:, None, None, :]
+    mask.sequence_ends = sequence_ends(attention_mask)
+    query, key, value = torch.randn(3, 2, 4, 3, 26)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+    output, _ = flash_attention(nn.Module(), query, key, value, mask)
+    torch.testing.assert_close(output, expected)
 
 
 def test_each_review_passes_the_frozen_blocks_once(backbones, tokens, tmp_path):
