@@ -184,8 +184,14 @@ def test_the_benchmark_table(project):
     text = report.render("<!-- benchmark -->\n<!-- end -->", project)
     assert "G1: `python b`" in text
     assert "| A | 11.0 | 11.0 | 4.2 (4.0 to 4.5) | 1.00 | 1.00 | 31% |" in text
-    assert "took 44.4 seconds: training 22.5, the rest of `train` (model, evaluation, saving) 7.5" in text
-    assert "imports, data and charts 14.4." in text
+    text = report.render("<!-- whole_command 45 20 -->\n<!-- end -->", project)
+    assert "took 44.4 seconds (limit 45: kept): training 22.5, the rest of `train` (model, evaluation, sav" in text
+    assert (
+        "saving) 7.5, and imports, data and charts 14.4. The limit" in text and "20, is missed by at most 1.9:" in text
+    )
+    assert "44 seconds" not in text and "limit 44: missed by 0.4" in report.render(
+        "<!-- whole_command 44 22 -->\n<!-- end -->", project
+    )
 
 
 def test_paths_are_not_published(tmp_path):
@@ -209,5 +215,7 @@ def test_what_was_aimed_at_and_missed_is_said(project):
     assert "frozen blocks: A 112. Reached." in rendered("pass A=112")
     assert "frozen blocks: A 113. Missed: A by 0.5." in rendered("pass A=113")
     assert "Limits, in GB of peak memory: A 2.6, B 2.5. Kept." in rendered("memory A=2.6 B=2.5")
+    assert "second seed on: A 1.0. Kept." in rendered("epoch A=1")
+    assert "second seed on: A 0.5. Exceeded: A by 0.50." in rendered("epoch A=0.5")
     assert "of the tokens: A 2.0, B 3.0. Exceeded: A by 0.50." in rendered("padding A=2 B=3")
     assert report.UNMEASURED in rendered("speed A=1 C=1")
