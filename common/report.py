@@ -168,22 +168,24 @@ def chart(folder: Path, names: list[str]) -> str:
 def sweep(folder: Path, _: list[str]) -> str:
     """What validation said of the hyperparameters and of the choices written into the script."""
     text = ""
-    for file in ("sweep.json", "variants.json"):
-        if record := read(folder / file):
-            names = [name for name in record["results"][0] if name not in ("validation_accuracy", "validation_loss")]
-            names.remove("best_epoch")
-            rows = [
-                [
-                    *(row[name] for name in names),
-                    f"{100 * row['validation_accuracy']:.2f}",
-                    "not finite" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}",
-                ]
-                for row in record["results"]
+    for file in (*sorted(folder.glob("sweep_*.json")), *folder.glob("variants.json")):
+        record = read(file)
+        first, *others = record["results"]
+        measured = ("validation_accuracy", "validation_loss", "best_epoch")
+        names = [name for name in first if name not in measured]
+        rows = [
+            [
+                *(row[name] for name in names),
+                f"{100 * row['validation_accuracy']:.2f}",
+                "not finite" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}",
             ]
-            text += (
-                f"`{record['command']}`, commit {record['environment']['commit'][:10]}\n\n"
-                f"{table([*names, 'validation accuracy', 'validation loss'], rows)}\n"
-            )
+            # the same to the last digit: a choice that this method does not have
+            for row in [first, *(row for row in others if any(row[name] != first[name] for name in measured))]
+        ]
+        text += (
+            f"`{record['command']}`, commit {record['environment']['commit'][:10]}\n\n"
+            f"{table([*names, 'validation accuracy', 'validation loss'], rows)}\n"
+        )
     return text or UNMEASURED
 
 

@@ -6,8 +6,8 @@
 
 The first trains once for every combination of the values given; the second once for every choice that is written
 into the scripts (see `variants`); the third for some of them. Flags after `--` go to the script.
-<METHOD>/sweep.json or <METHOD>/variants.json keeps the validation accuracy of the chosen epoch, mean over the seeds:
-the test reviews play no part.
+<METHOD>/sweep_learning_rate.json (or whatever the flag is) and <METHOD>/variants.json keep the validation accuracy of
+the chosen epoch, mean over the seeds: the test reviews play no part.
 """
 
 import contextlib
@@ -67,8 +67,9 @@ def main() -> None:
     name, grid_flags, flags = sys.argv[1], sys.argv[2:split], sys.argv[split + 1 :]
     method = importlib.import_module(f"{name}.train")
     grid = {flag: values.split(",") for flag, _, values in (word.partition("=") for word in grid_flags)}
-    kind = "variants" if "--variants" in grid else "sweep"
-    if kind == "variants":
+    kind = "_".join(["sweep", *(flag.lstrip("-") for flag in grid)])
+    if "--variants" in grid:
+        kind = "variants"
         datasets.disable_caching()  # the cache does not see that a function was replaced
         known = variants(method)
         titles = known if grid["--variants"] == [""] else grid["--variants"]

@@ -130,11 +130,14 @@ def test_tables_hold_the_records_figures(project):
     (project / "common" / "references.json").write_text(json.dumps(references))
     sweep = {
         "command": "python sweep",
-        "results": [{"--lr": "1e-3", "validation_accuracy": 0.9, "validation_loss": 0.25}],
+        "results": [
+            {"--lr": "1e-3", "validation_accuracy": 0.9, "validation_loss": 0.25, "best_epoch": [2]},
+            {"--lr": "2e-3", "validation_accuracy": 0.9, "validation_loss": 0.26, "best_epoch": [2]},
+            {"--lr": "without effect", "validation_accuracy": 0.9, "validation_loss": 0.25, "best_epoch": [2]},
+        ],
+        "environment": {"commit": "fedcba9876543210"},
     }
-    sweep |= {"environment": {"commit": "fedcba9876543210"}}
-    sweep["results"][0]["best_epoch"] = [2]
-    (project / "A" / "sweep.json").write_text(json.dumps(sweep))
+    (project / "A" / "sweep_lr.json").write_text(json.dumps(sweep))
     report.main(project)
     text = (project / "README.md").read_text()
     row = "296,066 (2.96%) | 91.2 ± 0.1 | 90.3 ± 0.2 | 41.2 ± 0.3 | 2.50 ± 0.00 | 11.0 ± 1.0 | 2,000 | 1.2 |"
@@ -154,7 +157,8 @@ def test_tables_hold_the_records_figures(project):
     assert "commit 0123456789 with uncommitted files." in (project / "B" / "README.md").read_text()
     assert "Before training: accuracy 50.0." in page
     assert "![bar_chart.png](bar_chart.png)" in page
-    assert "| 1e-3 | 90.00 | 0.2500 |" in page
+    assert "| 1e-3 | 90.00 | 0.2500 |\n| 2e-3 | 90.00 | 0.2600 |\n\n" in page
+    assert "without effect" not in page
     assert "`python sweep`, commit fedcba9876\n" in page
     assert report.UNMEASURED not in page
     again = shutil.copytree(project, project.parent / "again")
