@@ -122,7 +122,6 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         metric_for_best_model="validation_accuracy",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # it would make the host wait for the GPU in every step
-        ddp_find_unused_parameters=False,  # what trains is always used
         report_to=config.report_to,
     )
     trainer = ReviewTrainer(

@@ -39,7 +39,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     # The preflight says what matters of their reports on loading.
     transformers_logging.set_verbosity_error()
     if "LOCAL_RANK" not in os.environ:  # one process, one GPU; torchrun starts a process for each
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     parser = HfArgumentParser(config_class, description=sys.modules[config_class.__module__].__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     config = _parse(parser, argv)
@@ -88,7 +88,10 @@ def processes() -> int:
 
 
 def check(config) -> None:
-    """Raise UserError for the first field of `config` that is out of range or names a tracker that is not there."""
+    """Raise UserError for the first field of `config` that is out of range or names a tracker that is not there, and
+    for more processes on this machine than GPUs."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
     from transformers.integrations import get_available_reporting_integrations
 
     for field in dataclasses.fields(config):
@@ -101,6 +104,11 @@ def check(config) -> None:
     if config.batch_size % parts:
         raise UserError(
             f"--batch_size {config.batch_size}: must be a multiple of {parts}, the accumulation steps times processes"
+        )
+    local, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+    if local > max(devices, 1) and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise UserError(
+            f"torchrun: {local} processes need a GPU each; GPUs found: {devices}; on a CPU set ACCELERATE_USE_CPU=1"
         )
     tracker, trackers = getattr(config, "report_to", "none"), ["none", "all", *get_available_reporting_integrations()]
     if tracker not in trackers:

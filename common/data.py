@@ -127,7 +127,9 @@ def tokenize(data: DatasetDict, tokenizer, max_length: int) -> DatasetDict:
 
 def _encode(batch: dict, tokenizer, max_length: int) -> dict:
     texts = [clean(text) for text in batch["text"]]
-    input_ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    # Without special tokens nothing is left of an empty review; a model needs a token.
+    encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    input_ids = [ids or [tokenizer.pad_token_id] for ids in encoded]
     # A full row was cut only if one more token would have been taken.
     full = [row for row, ids in enumerate(input_ids) if len(ids) == max_length]
     longer = (

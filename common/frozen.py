@@ -63,7 +63,10 @@ class FrozenBlocks:
         hook.remove()
         self.as_tuple = isinstance(captured[0], tuple)
         hidden = captured[0][0] if self.as_tuple else captured[0]
-        places = self.read_place if self.read_place == 0 or mask is None else mask.sum(dim=1) - 1
+        tokens, places = batch["input_ids"], self.read_place
+        if places == -1:  # as transformers' decoders find it: a padding token at a text's own end is passed over
+            numbers = torch.arange(tokens.shape[1], device=tokens.device)
+            places = (numbers * (tokens != self.model.config.pad_token_id)).argmax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), places].float()
 
     @contextmanager

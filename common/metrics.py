@@ -100,7 +100,8 @@ def peak_memory() -> int:
 
 
 def split_memory(model: nn.Module, optimizer: torch.optim.Optimizer, peak: int) -> dict[str, int]:
-    """`peak` bytes by what holds them; activations are what is left: batches, tokens and workspace included."""
+    """`peak` bytes by what holds them; activations are what is left: batches, tokens, workspace and the copies that
+    frozen weights compute with included."""
 
     def size(tensors) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))

@@ -165,7 +165,8 @@ def compute_frozen_parts_in(dtype: torch.dtype, model: nn.Module) -> None:
     """Let frozen embeddings, linear layers and LayerNorms compute with copies of their weights in `dtype`.
 
     Autocast would cast the weights in every step, and let LayerNorm give fp32, for every layer after it to cast again.
-    The weights themselves, which are saved, stay as they are.
+    The weights themselves, which are saved, stay as they are; to change or move them later is without effect on what
+    the model computes.
     """
     for part in list(model.modules()):
         if hasattr(part, "cast_input_dtype_enabled"):

@@ -97,14 +97,15 @@ class LengthGroupedBatches(Sampler):
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, steps=1, process=0, processes=1):
-        if len(lengths) < steps * processes:
-            raise UserError(
-                f"--gradient_accumulation_steps {steps}: {len(lengths)} training reviews are too few to have one in "
-                f"every step of {processes} processes; needs {steps * processes} reviews or fewer steps"
-            )
         self.lengths, self.seed, self.epoch = lengths, seed, 0
         self.updates = math.ceil(len(lengths) / batch_size)
         self.steps, self.process, self.processes = steps, process, processes
+        smallest = len(lengths) // self.updates
+        if smallest < steps * processes:
+            raise UserError(
+                f"--gradient_accumulation_steps {steps}: {len(lengths)} training reviews in {self.updates} batches "
+                f"leave one with {smallest} of them; it needs {steps * processes}, one for every step of every process"
+            )
 
     def __len__(self) -> int:
         return self.updates * self.steps
@@ -120,6 +121,11 @@ class LengthGroupedBatches(Sampler):
         for update in random.permutation(self.updates):
             for part in np.array_split(random.permutation(batches[update]), self.steps):
                 yield np.array_split(part, self.processes)[self.process].tolist()
+
+
+def longest_first(lengths: np.ndarray, size: int) -> BatchSampler:
+    """Batches of at most `size` rows of similar length; the one that needs most memory is the first."""
+    return BatchSampler(np.argsort(-lengths, kind="stable").tolist(), size, drop_last=False)
 
 
 class ReviewTrainer(Trainer):
@@ -185,8 +191,7 @@ class ReviewTrainer(Trainer):
         if not isinstance(reviews, Subset):
             reviews = Subset(reviews, range(len(reviews)))
         batches = Subset(self.batches_of(reviews.dataset), reviews.indices)
-        longest_first = np.argsort(-batches.dataset.lengths[batches.indices], kind="stable").tolist()
-        sampler = BatchSampler(longest_first, self.args.eval_batch_size, drop_last=False)
+        sampler = longest_first(batches.dataset.lengths[batches.indices], self.args.eval_batch_size)
         return self.accelerator.prepare(DataLoader(batches, batch_sampler=sampler, collate_fn=as_it_is))
 
     get_test_dataloader = get_eval_dataloader
@@ -202,22 +207,18 @@ class ReviewTrainer(Trainer):
         """Send every review through the frozen blocks once."""
         self.model.eval()
         outputs = torch.empty(len(tensors), self.model.config.hidden_size, device=self.args.device)
-        longest_first = np.argsort(-tensors.lengths, kind="stable")
-        size = self.args.eval_batch_size
-        for start in logging.tqdm(range(0, len(tensors), size), desc="Frozen blocks, once"):
-            rows = longest_first[start : start + size].tolist()
+        for rows in logging.tqdm(
+            longest_first(tensors.lengths, self.args.eval_batch_size), desc="Frozen blocks, once"
+        ):
             with self.accelerator.autocast():
                 outputs[rows] = self.frozen_blocks.outputs(tensors.__getitems__(rows))
         return StoredOutputs(tensors, outputs)
 
     def padding_percent(self) -> float:
-        """Share of the tokens in the batches of the first epoch, or of the one pass where blocks are stored."""
-        tensors, size = self.tensors_of(self.train_dataset), self.args.eval_batch_size
-        if self.frozen_blocks:
-            by_length = np.argsort(tensors.lengths)
-            batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-        else:
-            batches = list(self.training_batches())
+        """Share of the tokens in this process's batches: of the first epoch, or of the pass through frozen blocks."""
+        tensors = self.tensors_of(self.train_dataset)
+        once = longest_first(tensors.lengths, self.args.eval_batch_size)
+        batches = list(once if self.frozen_blocks else self.training_batches())
         tokens = sum(tensors.lengths[rows].sum() for rows in batches)
         return 100 * (1 - tokens / sum(tensors.width(rows) * len(rows) for rows in batches))
 
@@ -228,7 +229,7 @@ class ReviewTrainer(Trainer):
 def mask_without_waiting(*args, mask_function=None, attention_mask=None, **kwargs) -> torch.Tensor | None:
     """transformers' mask for attention, without asking the device in every step whether there is any padding at all.
 
-    attention_mask: (rows, width); for an encoder it is as good as a mask for every pair of tokens.
+    attention_mask: (rows, width), right-padded; for an encoder it is as good as a mask for every pair of tokens.
     """
     if mask_function is not bidirectional_mask_function or attention_mask is None:
         return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
@@ -238,7 +239,7 @@ def mask_without_waiting(*args, mask_function=None, attention_mask=None, **kwarg
 
 
 def sequence_ends(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Where sequences end when rows stand one after another, each as two sequences: its text, then its padding.
+    """Where sequences end when right-padded rows stand one after another, each as two: its text, then its padding.
 
     attention_mask: (rows, width). Returns (1 + 2 * rows,), from 0 to rows * width.
     """

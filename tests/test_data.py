@@ -301,6 +301,14 @@ def tokenized(tokenizer, max_length: int, *reviews: str) -> list[dict]:
     return list(tokenize(DatasetDict(test=rows), tokenizer, max_length)["test"])
 
 
+def test_nothing_left_of_a_review_is_one_token(demo):
+    tokenizer = load_tokenizer(str(demo[0]), None, 16)
+    tokenizer.backend_tokenizer.post_processor = None  # no special tokens, as decoders' tokenizers have none
+    rows = tokenized(tokenizer, 16, "good", "")
+    assert [len(row["input_ids"]) for row in rows] == [1, 1]
+    assert rows[1]["input_ids"] == [tokenizer.pad_token_id]
+
+
 def test_tokens_are_the_tokenizers(demo_reviews, tokenizer):
     tokens = tokenize(demo_reviews, tokenizer, 128)
     for split in SPLITS:

@@ -25,7 +25,7 @@ from common.cli import UserError
 from common.data import load_reviews, tokenize, training_sample
 from common.frozen import FrozenBlocks
 from common.metrics import validation_scores
-from common.model import label_config, trainable_state, transformer_blocks
+from common.model import label_config, switch_off_dropout, trainable_state, transformer_blocks
 from common.trainer import LengthGroupedBatches, ReviewTensors, ReviewTrainer, flash_attention, sequence_ends
 
 
@@ -118,10 +118,14 @@ def test_processes_and_accumulation_steps_share_the_same_global_batches():
         assert min(map(len, dealt)) >= 1
 
 
-def test_too_few_reviews_for_the_steps_are_refused():
-    LengthGroupedBatches(np.full(8, 30), 128, 0, steps=4, processes=2)
-    with pytest.raises(UserError, match="--gradient_accumulation_steps 4: 7 training reviews are too few"):
-        LengthGroupedBatches(np.full(7, 30), 128, 0, steps=4, processes=2)
+@pytest.mark.parametrize(("reviews", "size", "smallest"), [(8, 128, 8), (7, 128, 7), (16, 8, 8), (17, 8, 5)])
+def test_too_few_reviews_for_the_steps_are_refused(reviews, size, smallest):
+    if smallest < 8:
+        with pytest.raises(UserError, match=f"--gradient_accumulation_steps 4: .* one with {smallest} of them"):
+            LengthGroupedBatches(np.full(reviews, 30), size, 0, steps=4, processes=2)
+    else:
+        for process in (0, 1):
+            assert all(LengthGroupedBatches(np.full(reviews, 30), size, 0, 4, process, 2))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -180,6 +184,33 @@ def test_padding_as_a_sequence_gives_the_same_logits(architecture, backbones, to
     assert bool(calls) == (architecture in encoders)
 
 
+def test_padding_as_a_sequence_trains_the_same(backbones, tokens, tmp_path, monkeypatch):
+    trainer = make_trainer("PEFT_LORA", backbones["bert"], tmp_path, tokens)
+    switch_off_dropout(trainer.model)
+    batch = trainer.tensors_of(tokens["train"]).__getitems__(list(range(16)))
+    trainer.model.train()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, dict(batch)).backward()
+        return {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+    masked, dropouts = gradients(), []
+
+    def attention(query, key, value, ends, ends_of_keys, longest, _, dropout, *rest, **named):
+        dropouts.append(dropout)
+        return attention_one_by_one(query, key, value, ends, ends_of_keys, longest, _, 0.0, *rest, **named)
+
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda case: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attention)
+    torch.testing.assert_close(gradients(), masked, rtol=1e-3, atol=1e-5)
+    assert any(gradient.any() for name, gradient in masked.items() if "layer.0" in name)
+    trainer.model.bert.encoder.layer[0].attention.self.dropout.p = 0.25
+    gradients()
+    trainer.predict(tokens["test"])
+    assert dropouts[2:4] == [0.25, 0.0] and not any(dropouts[4:])
+
+
 def test_heads_that_flash_attention_does_not_take_go_the_usual_way(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda case: True)  # it would pad them
     attention_mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
@@ -225,6 +256,19 @@ def test_padding_with_the_last_token_of_the_vocabulary_is_no_obstacle(backbones)
         model.config.vocab_size, model.config.pad_token_id = vocabulary, vocabulary - 1
         model.model.embed_tokens = torch.nn.Embedding(vocabulary, model.config.hidden_size).requires_grad_(False)
         assert FrozenBlocks.of(model) is not None
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_decoders_pass_over_a_padding_token_at_a_texts_own_end(architecture, backbones):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(backbones[architecture]).requires_grad_(False).eval()
+    frozen, padding = FrozenBlocks.of(model), model.config.pad_token_id
+    tokens = torch.tensor([[11, 12, 13, padding], [11, 12, 13, 14], [11, 12, padding, padding]])
+    batch = {"input_ids": tokens, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]])}
+    logits = model(**batch).logits
+    with frozen.replaced_by(frozen.outputs(batch)):
+        torch.testing.assert_close(model(input_ids=tokens[:, :1]).logits, logits, rtol=1e-3, atol=1e-4)
 
 
 def test_blocks_that_cannot_be_left_out_run_in_every_epoch():
