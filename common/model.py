@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -43,6 +44,11 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
     weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     if Path(name).is_dir() and not any((Path(name) / file).exists() for file in weights):
         raise UserError(f"--model {name}: has no weights, {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}")
+    for file in Path(name).glob("*.safetensors"):  # half a download, or a Git LFS pointer in its place
+        try:
+            safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise UserError(f"--model {name}: {file.name} is damaged ({error}); download it again") from error
     positions = getattr(config, "max_position_embeddings", -1)  # of XLNet -1: any number
     longest = min(tokenizer.model_max_length, positions if positions > 0 else max_length)
     shortest = tokenizer.num_special_tokens_to_add() + 1

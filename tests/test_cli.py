@@ -274,6 +274,16 @@ def test_a_backbone_without_its_tokenizer_is_refused(tmp_path, demo):
         load_tokenizer(str(tmp_path), None, 64)
 
 
+@pytest.mark.parametrize("damage", [b"version https://git-lfs.github.com/spec/v1", None])
+def test_damaged_weights_are_refused(tmp_path, demo, damage):
+    for file in demo[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(damage or weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"--model {tmp_path}: model.safetensors is damaged .*; download it again"):
+        load_tokenizer(str(tmp_path), None, 64)
+
+
 def test_the_smaller_limit_counts(tmp_path, demo):
     for file in Path(demo[0]).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
