@@ -71,6 +71,8 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
             revision
         ):
             setattr(config, revision, None)
+    if Path(config.model).is_dir():  # an adapter remembers its backbone, and may be loaded from another folder
+        config.model = str(Path(config.model).absolute())
     return config
 
 

@@ -39,6 +39,11 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
             f"--model {name}: {config.model_type} has no classifier; needs an encoder or a decoder that "
             "AutoModelForSequenceClassification loads"
         )
+    if getattr(config, "summary_type", None) == "last":  # of XLNet
+        raise UserError(
+            f"--model {name}: {config.model_type}'s classifier reads the last position, padding where a batch has a "
+            "longer review; needs one that reads the first token or the last of the text"
+        )
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
         raise UserError(f"--model {name}: has no tokenizer files; its tokenizer would know no word")
     weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -49,7 +54,7 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
             safe_open(file, framework="pt")
         except SafetensorError as error:
             raise UserError(f"--model {name}: {file.name} is damaged ({error}); download it again") from error
-    positions = getattr(config, "max_position_embeddings", -1)  # of XLNet -1: any number
+    positions = getattr(config, "max_position_embeddings", -1)  # none: any number
     longest = min(tokenizer.model_max_length, positions if positions > 0 else max_length)
     shortest = tokenizer.num_special_tokens_to_add() + 1
     if not shortest <= max_length <= longest:

@@ -25,7 +25,7 @@ from common.cli import UserError
 from common.files import shown, write_json
 from common.metrics import peak_memory, split_memory
 from common.model import count_parameters
-from common.plotting import draw_bar_chart, draw_line_chart, plus_minus
+from common.plotting import DEMO, draw_bar_chart, draw_line_chart, plus_minus
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft", "bitsandbytes")
@@ -169,6 +169,7 @@ def make_record(
     return {
         "method": method,
         "command": " ".join(["python", f"{method}/train.py", *map(shown, sys.argv[1:] if argv is None else argv)]),
+        **({"note": DEMO} if config.demo else {}),
         "config": {
             name: shown(value) if isinstance(value, str) else value
             for name, value in dataclasses.asdict(config).items()

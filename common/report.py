@@ -154,7 +154,7 @@ def result(folder: Path, _: list[str]) -> str:
     untrained = statistics.mean(run["untrained_test"]["accuracy"] for run in record["runs"])
     return (
         f"`{record['command']}` on {environment['gpu'] or environment['cpu']}, torch {environment['torch']}, "
-        f"transformers {environment['transformers']}, commit {environment['commit'][:10]}{files}. "
+        f"transformers {environment['transformers']}, commit {short_commit(environment)}{files}. "
         f"{sizes['train']:,} training, {sizes['validation']:,} validation and {sizes['test']:,} test reviews. "
         f"Before training: accuracy {100 * untrained:.1f}.\n\n{table(header.split(','), rows)}"
     )
@@ -163,6 +163,11 @@ def result(folder: Path, _: list[str]) -> str:
 def chart(folder: Path, names: list[str]) -> str:
     """The chart of that name, once it has been drawn."""
     return "".join(f"![{name}]({name})\n" for name in names if (folder / name).exists()) or UNMEASURED
+
+
+def short_commit(environment: dict) -> str:
+    """The commit's first ten digits; a copy of the code without a history has none."""
+    return (environment["commit"] or "unknown")[:10]
 
 
 def sweep(folder: Path, _: list[str]) -> str:
@@ -183,7 +188,7 @@ def sweep(folder: Path, _: list[str]) -> str:
             for row in [first, *(row for row in others if any(row[name] != first[name] for name in measured))]
         ]
         text += (
-            f"`{record['command']}`, commit {record['environment']['commit'][:10]}\n\n"
+            f"`{record['command']}`, commit {short_commit(record['environment'])}\n\n"
             f"{table([*names, 'validation accuracy', 'validation loss'], rows)}\n"
         )
     return text or UNMEASURED

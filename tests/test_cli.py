@@ -129,6 +129,11 @@ def test_default_revision_belongs_to_the_default_name(flags, model_revision, dat
     assert (config.model_revision, config.dataset_revision) == (model_revision, dataset_revision)
 
 
+def test_an_adapter_finds_its_backbone_from_any_folder(demo, monkeypatch):
+    monkeypatch.chdir(demo[0].parent)
+    assert Path(parse(f"--model {demo[0].name}").model) == demo[0].absolute()
+
+
 def test_one_gpu_unless_torchrun_deals_them_out(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -245,6 +250,7 @@ def test_unknown_model(name):
         ('{"model_type": "warpdrive"}', "warpdrive"),
         ('{"model_type": "t5"}', "t5 has no classifier; needs an encoder or a decoder"),
         ('{"model_type": "mamba"}', "mamba has no classifier; needs an encoder or a decoder"),
+        ('{"model_type": "xlnet"}', "xlnet's classifier reads the last position"),
         ('{"model_type": "bert"}', "has no weights, model.safetensors or pytorch_model.bin"),
     ],
 )

@@ -161,6 +161,11 @@ def test_tables_hold_the_records_figures(project):
     assert "without effect" not in page
     assert "`python sweep`, commit fedcba9876\n" in page
     assert report.UNMEASURED not in page
+    published = json.loads((project / "A" / "results.json").read_text())
+    published["environment"]["commit"] = None  # of a copy of the code without a history
+    (project / "A" / "results.json").write_text(json.dumps(published))
+    report.main(project)
+    assert "commit unknown." in (project / "A" / "README.md").read_text()
     again = shutil.copytree(project, project.parent / "again")
     report.main(again)
     assert (again / "README.md").read_text() == text

@@ -140,6 +140,7 @@ def test_demo_does_the_whole_job(name, demos):
     (only,) = record["runs"]
     assert record["method"] == name
     assert record["config"]["demo"] is True
+    assert "figures mean nothing" in record["note"]
     assert [epoch["epoch"] for epoch in only["epochs"]] == [0, 1, 2]
     assert only["best_epoch"] == max((1, 2), key=lambda epoch: only["epochs"][epoch]["validation_accuracy"])
     for epoch in only["epochs"]:
@@ -178,10 +179,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 for folder in map(Path, sys.argv[2:]):
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if (folder / "adapter_config.json").exists():
-        names = {"id2label": config.id2label, "label2id": config.label2id}
+        kept = {name: getattr(config, name) for name in ("id2label", "label2id", "pad_token_id")}
         if hasattr(config, "quantization_config"):
-            names["quantization_config"] = config.quantization_config
-        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **names).eval()
+            kept["quantization_config"] = config.quantization_config
+        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **kept, dtype="float32").eval()
+        assert model.config.pad_token_id == config.pad_token_id is not None
     else:
         model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     for part in model.modules():  # or else bitsandbytes infers in bf16 on the CPUs that can
