@@ -161,11 +161,6 @@ def test_tables_hold_the_records_figures(project):
     assert "without effect" not in page
     assert "`python sweep`, commit fedcba9876\n" in page
     assert report.UNMEASURED not in page
-    published = json.loads((project / "A" / "results.json").read_text())
-    published["environment"]["commit"] = None  # of a copy of the code without a history
-    (project / "A" / "results.json").write_text(json.dumps(published))
-    report.main(project)
-    assert "commit unknown." in (project / "A" / "README.md").read_text()
     again = shutil.copytree(project, project.parent / "again")
     report.main(again)
     assert (again / "README.md").read_text() == text
@@ -201,6 +196,14 @@ def test_the_benchmark_table(project):
     assert "44 seconds" not in text and "limit 44: missed by 0.4" in report.render(
         "<!-- whole_command 44 22 -->\n<!-- end -->", project
     )
+
+
+def test_a_copy_of_the_code_without_a_history_is_of_an_unknown_commit(project):
+    published = record("A", [0.9, 0.92])
+    published["environment"]["commit"] = None
+    (project / "A" / "results.json").write_text(json.dumps(published))
+    report.main(project)
+    assert "commit unknown." in (project / "A" / "README.md").read_text()
 
 
 def test_paths_are_not_published(tmp_path):

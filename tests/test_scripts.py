@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import METHODS, ROOT
+from transformers import AutoModel, AutoTokenizer
 
 from common.cli import UserError
 from common.data import load_reviews
@@ -179,11 +180,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 for folder in map(Path, sys.argv[2:]):
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if (folder / "adapter_config.json").exists():
-        kept = {name: getattr(config, name) for name in ("id2label", "label2id", "pad_token_id")}
+        names = {"id2label": config.id2label, "label2id": config.label2id}
         if hasattr(config, "quantization_config"):
-            kept["quantization_config"] = config.quantization_config
-        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **kept, dtype="float32").eval()
-        assert model.config.pad_token_id == config.pad_token_id is not None
+            names["quantization_config"] = config.quantization_config
+        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **names).eval()
     else:
         model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     for part in model.modules():  # or else bitsandbytes infers in bf16 on the CPUs that can
@@ -199,26 +199,27 @@ SENTENCE = "The plot is dull, but the acting saves it."
 SMALL = ["--demo", "--epochs", "1", "--seeds", "3", "--max_train_samples", "600", "--max_test_samples", "60"]
 
 
+def small_run(name: str, folder: Path, *flags: str) -> tuple[dict, Path, list]:
+    """A small run of a method in this process: its record, its model's folder, and for every look at the test
+    reviews whether training was over, their number, and the logits of SENTENCE."""
+    looks, predict = [], ReviewTrainer.predict
+
+    def watched(self, reviews, **kwargs):
+        inputs = self.processing_class(SENTENCE, return_tensors="pt")
+        with torch.no_grad():
+            logits = self.model.eval()(**inputs).logits[0].tolist()
+        looks.append((self.state.global_step == self.state.max_steps, len(reviews), logits))
+        return predict(self, reviews, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReviewTrainer, "predict", watched)
+        record = importlib.import_module(f"{name}.train").main([*SMALL, *flags, "--output_dir", str(folder)])
+    return record, folder / "seed_3" / "model", looks
+
+
 @pytest.fixture(scope="module")
 def small_runs(tmp_path_factory):
-    """A small run of every method in this process: its record, its model's folder, and for every look at the test
-    reviews whether training was over, their number, and the logits of SENTENCE."""
-    runs, predict = {}, ReviewTrainer.predict
-    for name in METHODS:
-        looks, folder = [], tmp_path_factory.mktemp(name)
-
-        def watched(self, reviews, looks=looks, **kwargs):
-            inputs = self.processing_class(SENTENCE, return_tensors="pt")
-            with torch.no_grad():
-                logits = self.model.eval()(**inputs).logits[0].tolist()
-            looks.append((self.state.global_step == self.state.max_steps, len(reviews), logits))
-            return predict(self, reviews, **kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ReviewTrainer, "predict", watched)
-            record = importlib.import_module(f"{name}.train").main([*SMALL, "--output_dir", str(folder)])
-        runs[name] = record, folder / "seed_3" / "model", looks
-    return runs
+    return {name: small_run(name, tmp_path_factory.mktemp(name)) for name in METHODS}
 
 
 def test_trap_13_a_fresh_process_has_the_same_logits_and_label_names(small_runs):
@@ -228,6 +229,23 @@ def test_trap_13_a_fresh_process_has_the_same_logits_and_label_names(small_runs)
         negative, positive, *fresh = ast.literal_eval(line)
         assert (negative, positive) == ("negative", "positive")
         assert fresh == pytest.approx(looks[0][2], abs=1e-4)  # the second look is the untrained model's
+
+
+def test_the_readmes_snippet_loads_what_was_trained(tmp_path, backbones, monkeypatch):
+    """Here a decoder in bf16 that knows no padding token, named by a path that is relative to another folder."""
+    backbone = AutoModel.from_pretrained(backbones["llama"], dtype=torch.bfloat16)
+    backbone.config.pad_token_id = None
+    for part in (backbone, AutoTokenizer.from_pretrained(backbones["llama"])):
+        part.save_pretrained(tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
+    _, folder, looks = small_run("PEFT_LORA", tmp_path / "runs", "--model", "llama")
+    monkeypatch.chdir(ROOT)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert SENTENCE in snippet
+    loaded = {}
+    exec(snippet.replace("PEFT_LORA/runs/seed_0/model", str(folder)), loaded)
+    assert loaded["logits"][0].tolist() == pytest.approx(looks[0][2], abs=1e-4)
+    assert loaded["model"].config.pad_token_id == loaded["tokenizer"].pad_token_id
 
 
 def test_traps_10_and_12_test_reviews_wait_and_a_seed_repeats(method, small_runs, tmp_path):
