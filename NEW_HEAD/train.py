@@ -1,8 +1,8 @@
 """NEW_HEAD: a new classification head on a frozen pretrained Transformer (feature extraction).
 
 Trains: the head alone, for a BERT-type backbone its pooler and the classifier.
-Frozen: every Transformer block and the embeddings. They run without dropout, so a review comes out of them the
-        same in every epoch: ReviewTrainer sends it through once and trains the head on what came out.
+Frozen: embeddings and Transformer blocks. They run without dropout, so their output for a review never changes: every
+        review passes them once (`run_backbone`), and the head trains on what came out.
 
 Run:   python NEW_HEAD/train.py
 Demo:  python NEW_HEAD/train.py --demo    (no network, no GPU, under half a minute)
@@ -24,9 +24,10 @@ sys.path.insert(0, str(FOLDER.parent))  # so that `common` is found wherever thi
 from common.cli import parse_config, processes, run
 from common.data import load_reviews, tokenize, training_sample
 from common.metrics import score, validation_scores
-from common.model import label_config, load_tokenizer, mixed_precision, trainable_state
+from common.model import compute_dtype, label_config, load_tokenizer, trainable_state
 from common.preflight import preflight
-from common.record import begin_seed, last_checkpoint, report_results, run_record, start_seed
+from common.record import clear_seed, last_checkpoint, open_seed, publish, run_record
+from common.speed import speed_up
 from common.trainer import ReviewTrainer
 
 
@@ -48,15 +49,15 @@ class Config:
         default="e6281661ce1c48d982bc483cf8a173c1bbeb5d31",
         help="Commit, tag or branch of the data set on the Hub; of another --dataset than the default, main.",
     )
-    max_length: int = HfArg(default=512, help="Tokens per review; a longer one loses its beginning.")
-    epochs: int = HfArg(default=5, help="Passes over the training reviews; validation chooses the best of them.")
-    batch_size: int = HfArg(default=128, help="Reviews per update of the weights, over all processes and steps.")
+    max_length: int = HfArg(default=512, help="Tokens per review; longer reviews are truncated at the start.")
+    epochs: int = HfArg(default=5, help="Passes over the training reviews. The best on validation is kept.")
+    batch_size: int = HfArg(default=128, help="Reviews per update, over all processes and accumulation steps.")
     gradient_accumulation_steps: int | None = HfArg(
         default=None,
-        help="Steps that share one update: with 4, each holds a quarter of the batch in memory. "
-        "[1 on a GPU; on a CPU steps of 16 reviews, which it computes faster than one of 128]",
+        help="Steps per update: with 4, a quarter of the batch is in memory at a time. "
+        "[1 on a GPU; on a CPU as many as make steps of 16 reviews: they fit its cache]",
     )
-    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One run for each: new weights, order, dropout.")
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One run for each.")
     max_train_samples: int | None = HfArg(
         default=None, help="Use a random, stratified subset of the training reviews, validation included."
     )
@@ -64,42 +65,56 @@ class Config:
     output_dir: str | None = HfArg(
         default=None, help="Folder for checkpoints, models and, where given, the record. [runs/ beside the script]"
     )
-    resume: bool = HfArg(default=False, help="Go on with an interrupted run of the same flags.")
+    resume: bool = HfArg(default=False, help="Continue an interrupted run of the same flags.")
     report_to: str = HfArg(default="none", help="Experiment tracker that Trainer logs to, such as tensorboard.")
-    demo: bool = HfArg(default=False, help="Generated reviews and a tiny model: try the whole job out.")
+    demo: bool = HfArg(default=False, help="Try the whole job on generated reviews with a tiny model.")
 
     # This method
     learning_rate: float = HfArg(default=3e-2, help="Peak of the schedule. A head of two layers takes large steps.")
 
 
-def build_model(config: Config, labels: dict) -> tuple[torch.nn.Module, list[str]]:
-    """The model, and the names of its newly initialised weights."""
-    from common.model import head_modules, new_weights, switch_off_dropout
+def build_model(config: Config, labels: dict) -> tuple:
+    """The model, the names of its newly initialised weights, and what of it runs once per review: the backbone."""
+    from common.model import head_modules, missing_weights, switch_off_dropout
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         config.model,
         revision=config.model_revision,
-        dtype=torch.float32,  # what trains stays in fp32; mixed precision computes in fewer bits
+        dtype=compute_dtype(),  # the frozen part computes in it; 32 bits would take twice the memory
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,
     )
     model.requires_grad_(False)
-    switch_off_dropout(model.base_model)  # noise in features that cannot adapt to it only hurts
     for name in head_modules(model):
-        model.get_submodule(name).requires_grad_(True)
-    return model, new_weights(loading)
+        model.get_submodule(name).float().requires_grad_(True)  # what trains needs 32 bits
+    switch_off_dropout(model.base_model)  # noise would change a review's features from epoch to epoch
+    return model, missing_weights(loading), run_backbone
+
+
+def run_backbone(model: torch.nn.Module, batches) -> torch.Tensor:
+    """The one pass through the frozen backbone: for every review the last hidden state at the token that the head reads.
+
+    batches: an iterator over `input_ids` and `attention_mask` of all reviews. Returns (reviews, hidden size).
+    """
+    from common.model import head_token
+
+    features = []
+    for batch in batches:
+        hidden = model.base_model(**batch).last_hidden_state  # (rows, width, hidden size)
+        features.append(hidden[torch.arange(len(hidden)), head_token(model, batch["input_ids"])])
+    return torch.cat(features)
 
 
 def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes: list[str]) -> dict:
     """One run: train, choose the epoch on validation, test once. Returns its record."""
     started = time.perf_counter()
-    folder, finished = start_seed(config, seed, fingerprint)
+    folder, finished = open_seed(FOLDER.name, config, seed, fingerprint)
     if finished:
         return finished
     set_seed(seed, deterministic=True)  # before the model is built, which draws its new weights
-    model, new = build_model(config, label_config(classes, tokenizer))
-    precision = mixed_precision()
+    model, new, run_once = build_model(config, label_config(classes, tokenizer))
+    speed_up(model)
     args = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
@@ -110,8 +125,8 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         lr_scheduler_type="linear",
         warmup_steps=0.1,  # of all steps
         weight_decay=0.01,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
+        bf16=compute_dtype() == torch.bfloat16,  # autocast: what trains stays in fp32, matrix products take 16 bits
+        fp16=compute_dtype() == torch.float16,
         eval_on_start=True,  # epoch 0 of the chart
         eval_strategy="epoch",
         per_device_eval_batch_size=2 * config.batch_size // config.gradient_accumulation_steps,
@@ -130,9 +145,10 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         eval_dataset={"train": training_sample(data), "validation": data["validation"]},
         processing_class=tokenizer,
         compute_metrics=validation_scores,
+        run_once=run_once,
     )
     preflight(config, trainer, new)
-    begin_seed(config, folder, fingerprint)
+    clear_seed(FOLDER.name, config, folder, fingerprint)
     untrained = trainable_state(model)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model(folder / "model")
@@ -154,7 +170,7 @@ def main(argv: list[str] | None = None) -> dict:
         data = tokenize(reviews, tokenizer, config.max_length)
     classes = reviews["train"].features["label"].names
     runs = [train(config, seed, tokenizer, data, fingerprint, classes) for seed in config.seeds]
-    return report_results(FOLDER, argv, config, data, fingerprint, runs)
+    return publish(FOLDER, argv, config, data, fingerprint, runs)
 
 
 if __name__ == "__main__":

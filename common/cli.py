@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -25,7 +26,7 @@ class UserError(Exception):
 
 
 def parse_config(config_class: type, folder: Path, argv: list[str] | None = None):
-    """Parse and check the flags that the dataclass `config_class` declares.
+    """Parse and check the flags that the dataclass `config_class` declares; make the settings of the whole process.
 
     `folder` is the script's own: `--output_dir` defaults to its `runs/`. With `--demo` the generated reviews and
     model, and settings that suit them, become the defaults; flags given by hand still win.
@@ -36,43 +37,40 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     from transformers import HfArgumentParser
     from transformers.utils import logging as transformers_logging
 
-    # The preflight says what matters of their reports on loading.
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # the preflight says what matters of their reports on loading
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, at a write for every tensor
     if "LOCAL_RANK" not in os.environ:  # one process, one GPU; torchrun starts a process for each
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     parser = HfArgumentParser(config_class, description=sys.modules[config_class.__module__].__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     config = _parse(parser, argv)
     subset = getattr(config, "max_train_samples", None) or getattr(config, "max_test_samples", None)
-    output_dir = config.output_dir or str(folder / "runs" / ("demo" if config.demo else "partial" if subset else ""))
-    output_dir = str(Path(output_dir).expanduser())
-    existing = next(path for path in (Path(output_dir), *Path(output_dir).absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {output_dir}: {existing} is no folder that can be written to")
+    output_dir = config.output_dir or folder / "runs" / ("demo" if config.demo else "partial" if subset else "")
+    output_dir = Path(output_dir).expanduser().resolve()
+    _check_output_dir(output_dir, folder.name, config.seeds)
     if config.demo:
         from common.demo import build_demo, demo_folders
 
         torch.set_num_threads(1)  # more would only get in each other's way with so small a model
-        state, generated = PartialState(), Path(output_dir) / "generated"
+        state, generated = PartialState(), output_dir / "generated"
         if state.is_local_main_process:  # it alone: written again, files would vanish while another process reads them
             build_demo(generated)
         state.wait_for_everyone()
         model, data = demo_folders(generated)
         parser.set_defaults(**DEMO_SETTINGS, model=str(model), dataset=str(data))
         config = _parse(parser, argv)
-    config.output_dir = output_dir
+    config.output_dir = str(output_dir)
     if config.gradient_accumulation_steps is None:
-        # On a CPU the activations of a few reviews stay in its caches, and out of the operating system's hands.
+        # On a CPU 16 reviews at a time are faster than 128: what a layer leaves is still in the cache for the next.
         steps = 1 if torch.accelerator.is_available() else max(1, config.batch_size // 16)
         config.gradient_accumulation_steps = math.gcd(steps, config.batch_size // processes())
     for name in ("model", "dataset"):  # the default revision belongs to the default repository
-        revision = f"{name}_revision"
-        if getattr(config, name) != parser.get_default(name) and getattr(config, revision) == parser.get_default(
-            revision
-        ):
+        other, revision = getattr(config, name) != parser.get_default(name), f"{name}_revision"
+        if other and getattr(config, revision) == parser.get_default(revision):
             setattr(config, revision, None)
-    if Path(config.model).is_dir():  # an adapter remembers its backbone, and may be loaded from another folder
-        config.model = str(Path(config.model).absolute())
+    model = Path(config.model).expanduser()
+    if model.is_dir():  # an adapter remembers its backbone, and may be loaded from another folder
+        config.model = str(model.absolute())
     return config
 
 
@@ -89,6 +87,21 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def _check_output_dir(output_dir: Path, method: str, seeds: list[int]) -> None:
+    """Raise UserError where `output_dir` cannot be written to, or has a seed's folder that is not this method's."""
+    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {existing} is no folder that can be written to")
+    for folder in (output_dir / f"seed_{seed}" for seed in seeds):
+        mark = folder / "flags.json"
+        owner = json.loads(mark.read_text()).get("method") if mark.exists() else "something else"
+        if folder.exists() and owner != method:
+            raise UserError(
+                f"--output_dir {output_dir}: {folder.name} in it is of {owner}, not of {method}, and would be "
+                "overwritten; name another folder"
+            )
+
+
 def check(config) -> None:
     """Raise UserError for the first field of `config` that is out of range or names a tracker that is not there, and
     for more processes on this machine than GPUs."""
@@ -98,7 +111,7 @@ def check(config) -> None:
 
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if type(value) in (int, float) and not 0 < value < float("inf"):
+        if type(value) in (int, float) and not (0 < value < math.inf or value == field.default):
             raise UserError(f"--{field.name} {value}: must be a finite number greater than 0")
     if any(not 0 <= seed < 2**32 for seed in config.seeds) or len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"--seeds {' '.join(map(str, config.seeds))}: must be different integers from 0 to 2**32 - 1")

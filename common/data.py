@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import Subset
 
 from common.cli import UserError
-from common.hub import OFFLINE, prefer_cache_without_network
+from common.hub import OFFLINE, check_hub
 
 AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}  # "NA" and "null" are texts; only nothing is missing
 FILE_BUILDERS = {
@@ -66,13 +66,17 @@ def load_reviews(
         validation=splits["train"].select(train_rows[held_out]),
         test=splits["test"].select(stratified_rows(splits["test"]["label"][:], max_test_samples, seed=0)),
     )
-    for split, flag in [("train", "train"), ("validation", "train"), ("test", "test")]:
-        present = len(set(data[split]["label"][:]))
-        if present == 0 or (split == "train" and present < 2):
-            size = max_train_samples if flag == "train" else max_test_samples
+    for split, size in (("train", max_train_samples), ("validation", max_train_samples), ("test", max_test_samples)):
+        classes = len(set(data[split]["label"][:]))
+        if classes < (2 if split == "train" else 1):
+            flag = (
+                f"--dataset {source}"
+                if size is None
+                else f"--max_{'test' * (split == 'test') or 'train'}_samples {size}"
+            )
             raise UserError(
-                f"{f'--dataset {source}' if size is None else f'--max_{flag}_samples {size}'}: leaves the "
-                f"{split} split {len(data[split])} reviews of {present} classes; at least 100 are a start"
+                f"{flag}: leaves the {split} split {len(data[split])} reviews of {classes} classes; "
+                "at least 100 are a start"
             )
     return data, fingerprint
 
@@ -127,17 +131,13 @@ def tokenize(data: DatasetDict, tokenizer, max_length: int) -> DatasetDict:
 
 def _encode(batch: dict, tokenizer, max_length: int) -> dict:
     texts = [clean(text) for text in batch["text"]]
-    # Without special tokens nothing is left of an empty review; a model needs a token.
-    encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    input_ids = [ids or [tokenizer.pad_token_id] for ids in encoded]
-    # A full row was cut only if one more token would have been taken.
+    input_ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    # Only a row that is full can have lost something: it did, if one token more would have been taken.
     full = [row for row, ids in enumerate(input_ids) if len(ids) == max_length]
-    longer = (
-        tokenizer([texts[row] for row in full], truncation=True, max_length=max_length + 1)["input_ids"]
-        if full
-        else []
-    )
+    longer = full and tokenizer([texts[row] for row in full], truncation=True, max_length=max_length + 1)["input_ids"]
     cut = {row for row, ids in zip(full, longer, strict=True) if len(ids) > max_length}
+    # Without special tokens nothing is left of an empty review; a model needs a token.
+    input_ids = [ids or [tokenizer.pad_token_id] for ids in input_ids]
     return {"input_ids": input_ids, "labels": batch["label"], "truncated": [row in cut for row in range(len(texts))]}
 
 
@@ -149,20 +149,23 @@ def training_sample(data: DatasetDict) -> Subset:
 
 
 def _read(source: str, revision: str | None) -> dict[str, Dataset]:
-    """The "train" and "test" splits of `source`, as they are there."""
+    """The "train" and "test" splits of `source`, unchanged."""
     path = Path(source).expanduser()
     try:
-        if _is_acl_imdb(path):
+        if (path / "train" / "pos").is_dir() or (path.is_file() and tarfile.is_tarfile(path)):
             return {split: _read_acl_imdb(path, split) for split in ("train", "test")}
         if path.is_dir():
-            return _read_files(path)
+            return {split: _read_file(path, split) for split in ("train", "test")}
         if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise UserError(f"--dataset {source}: no such folder or readable archive; accepted: {ACCEPTED}")
-        prefer_cache_without_network(source, revision, "dataset")
+        check_hub(source, revision, "dataset")
         splits = load_dataset(source, revision=revision)
     except UNREADABLE as error:
-        raise _cannot_read(source, error) from error
-    except (ConnectionError, OSError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())  # in one line
+        if "corresponds to no data" in reason:  # what `datasets` says of zero rows
+            reason = "it has no reviews"
+        raise UserError(f"--dataset {source}: cannot be read ({reason})") from error
+    except OSError as error:
         raise UserError(f"--dataset {source}: {OFFLINE}") from error
     missing = {"train", "test"} - set(splits)
     if missing:
@@ -170,38 +173,22 @@ def _read(source: str, revision: str | None) -> dict[str, Dataset]:
     return {split: splits[split] for split in ("train", "test")}
 
 
-def _read_files(folder: Path) -> dict[str, Dataset]:
-    files = {}
-    for split in ("train", "test"):
-        found = sorted(file for file in folder.glob(f"{split}.*") if file.suffix.lower() in FILE_BUILDERS)
-        if len(found) != 1:
-            raise UserError(
-                f"--dataset {folder}: needs one {split} file, {split}.parquet, .csv, .tsv or .jsonl; "
-                f"found {', '.join(file.name for file in found) or 'none'}"
-            )
-        files[split] = found[0]
-    splits = {}
-    for split, file in files.items():
-        if not file.stat().st_size:
-            raise UserError(f"--dataset {folder}: {file.name} is empty")
-        builder, options = FILE_BUILDERS[file.suffix.lower()]
-        try:
-            splits[split] = load_dataset(builder, data_files=glob.escape(str(file)), split="train", **options)
-        except (*UNREADABLE, OSError) as error:
-            raise _cannot_read(f"{folder}: {file.name}", error) from error
-    return splits
-
-
-def _cannot_read(source: str, error: Exception) -> UserError:
-    reason = " ".join(str(error.__cause__ or error).split())  # in one line
-    if "corresponds to no data" in reason:  # what `datasets` says of zero rows
-        reason = "it has no reviews"
-    return UserError(f"--dataset {source}: cannot be read ({reason})")
-
-
-def _is_acl_imdb(path: Path) -> bool:
-    """Whether `path` is the official aclImdb archive or its extracted folder."""
-    return (path / "train" / "pos").is_dir() or (path.is_file() and tarfile.is_tarfile(path))
+def _read_file(folder: Path, split: str) -> Dataset:
+    """The one file of `split` in `folder`."""
+    found = sorted(file for file in folder.glob(f"{split}.*") if file.suffix.lower() in FILE_BUILDERS)
+    if len(found) != 1:
+        raise UserError(
+            f"--dataset {folder}: needs one {split} file, {split}.parquet, .csv, .tsv or .jsonl; "
+            f"found {', '.join(file.name for file in found) or 'none'}"
+        )
+    (file,) = found
+    if not file.stat().st_size:
+        raise UserError(f"--dataset {folder}: {file.name} is empty")
+    builder, options = FILE_BUILDERS[file.suffix.lower()]
+    try:
+        return load_dataset(builder, data_files=glob.escape(str(file)), split="train", **options)
+    except (*UNREADABLE, OSError) as error:
+        raise ValueError(f"{file.name}: {error.__cause__ or error}") from error
 
 
 def _read_acl_imdb(path: Path, split: str) -> Dataset:
@@ -236,23 +223,18 @@ def _acl_imdb_rows(path: str, split: str, changed: int) -> Iterator[dict]:
 def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dataset]:
     """The two splits, checked, with columns `text` and `label` only and the same ClassLabel in both."""
     for split, rows in splits.items():
-        for column in ("text", "label"):
+        for column, kinds in (("text", ({str},)), ("label", ({int}, {bool}, {str}))):
             if column not in rows.column_names:
-                raise UserError(
-                    f"--dataset {source}: the {split} split has no column `{column}`; "
-                    f"it has: {', '.join(rows.column_names)}"
-                )
-        if not len(rows):
-            raise UserError(f"--dataset {source}: the {split} split is empty")
-        for column in ("text", "label"):
+                has = ", ".join(rows.column_names)
+                raise UserError(f"--dataset {source}: the {split} split has no column `{column}`; it has: {has}")
             missing = (None, -1) if isinstance(rows.features[column], ClassLabel) else (None,)
-            row = next((row for row, value in enumerate(rows[column][:]) if value in missing), None)
-            if row is not None:
+            values = rows[column][:]
+            if any(value in missing for value in values):
+                row = next(row for row, value in enumerate(values) if value in missing)
                 raise UserError(f"--dataset {source}: row {row} of the {split} split has no {column}")
-        if {type(text) for text in rows["text"][:]} != {str}:
-            raise UserError(f"--dataset {source}: column `text` of the {split} split is not text")
-        if {type(label) for label in rows["label"][:]} not in ({int}, {bool}, {str}):
-            raise UserError(f"--dataset {source}: column `label` of the {split} split is neither integers nor text")
+            if set(map(type, values)) not in kinds:
+                is_not = "not text" if column == "text" else "neither integers nor text"
+                raise UserError(f"--dataset {source}: column `{column}` of the {split} split is {is_not}")
     train, test = (rows.features["label"] for rows in splits.values())
     if isinstance(train, ClassLabel) and isinstance(test, ClassLabel) and train.names != test.names:
         raise UserError(f"--dataset {source}: numbers the classes {train.names} in train and {test.names} in test")
@@ -266,16 +248,14 @@ def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dat
             f"--dataset {source}: label {unseen.pop()!r} of the test split is not in the train split, "
             f"which has: {', '.join(map(repr, classes))}"
         )
-    feature = splits["train"].features["label"]
-    names = [feature.int2str(label) if isinstance(feature, ClassLabel) else str(label) for label in classes]
+    names = [train.int2str(label) if isinstance(train, ClassLabel) else str(label) for label in classes]
     if names in (["neg", "pos"], ["0", "1"]):
         names = ["negative", "positive"]
-    index = {label: number for number, label in enumerate(classes)}
     return {
         split: rows.select_columns(["text", "label"]).map(
             _renumber,
             batched=True,
-            fn_kwargs={"index": index},
+            fn_kwargs={"index": {label: number for number, label in enumerate(classes)}},
             features=Features(text=Value("string"), label=ClassLabel(names=names)),
             desc=f"Reading the labels of {split}",
         )

@@ -1,4 +1,4 @@
-"""The embedded default: a generated review corpus and a tiny random BERT, for runs without a network."""
+"""What --demo runs on, without a network: generated reviews and a tiny BERT with random weights."""
 
 import json
 import random
@@ -7,73 +7,33 @@ from pathlib import Path
 
 TRAIN_REVIEWS, TEST_REVIEWS = 2000, 500
 
-# Sentences are written once for both labels: a {same...} slot takes words of the review's own sentiment and
-# {other} a word of the opposite one. Most opinions hold an {other}, so that counting words is not enough.
+# Sentences are written once for both labels: {same...} takes words of the review's own sentiment, {other} a word of
+# the opposite one. Most opinions hold an {other}, so that counting words is not enough.
 SENTENCES = {
-    "review": [
-        "{opinion}",
-        "{opinion}{gap}{opinion}",
-        "{opener}{gap}{opinion}",
-        "{opinion}{gap}{same_verdict}",
-        "{opinion}{gap}{opinion}{gap}{same_verdict}",
-        "{opener}{gap}{opinion}{gap}{same_verdict}",
-        "{opener}{gap}{opinion}{gap}{opinion}{gap}{same_verdict}",
-    ],
+    "review": ["{opinion}{gap}{opinion}", "{opener}{gap}{opinion}", "{opener}{gap}{opinion}{gap}{same_verdict}"],
     "gap": [" ", " ", " ", " ", " ", " ", "<br /><br />"],
-    "opener": [
-        "I saw this {genre} {occasion}.",
-        "My {friend} chose this {genre} {occasion}.",
-        "We rented the {genre} {occasion}, and my {friend} stayed to the end.",
-        "This {genre} is about a {hero} and a {hero}.",
-        "A {hero} comes home and meets a {hero}.",
-    ],
+    "opener": ["I saw this {genre} with my {friend}.", "This {genre} is about a {hero} and a {hero}."],
     "opinion": [
         "The {thing} is {same} and the {thing} is {same}.",
-        "What a {same} {film} this is, and how {same} the {thing} is.",
         "The {thing} is not {other} at all.",
         "The {film} is never {other}, and the {thing} is {same}.",
-        "The {thing} is anything but {other}.",
         "Nobody could call the {thing} {other}, or the {thing} {other}.",
         "The {thing} is {other}, but the {thing} {same_effect}.",
-        "Although the {thing} is {other}, the {thing} {same_effect}.",
-        "The {thing} may be {other}, yet the {film} as a whole is {same}.",
         "My {friend} called it {other}, but I found it {same}.",
-        "The {thing} is {other} and the {thing} is {other}, but in the end the {film} is {same}.",
-        "The {film} is much {same_comparison} than the {other} trailer suggests.",
-        "After so many {other} {film}s, this one is {same}.",
+        "The {film} is {same_comparison} than the {other} trailer suggests.",
     ],
 }
-# The (negative, positive) fillings of a slot. Verdicts share most words, for the same reason as above.
+# The (negative, positive) words of a slot. Verdicts share most of theirs, for the same reason as above.
 SENTIMENT = {
     "same": (
         "bad boring dull weak flat silly clumsy predictable".split(),
         "good great funny clever moving gripping charming brilliant".split(),
     ),
-    "same_comparison": (
-        "worse slower duller sillier weaker".split(),
-        "better funnier smarter warmer fresher".split(),
-    ),
-    "same_effect": (
-        ["ruins it", "drags it down", "makes it hard to watch", "spoils the whole {film}"],
-        ["saves it", "lifts it up", "makes it easy to enjoy", "rescues the whole {film}"],
-    ),
+    "same_comparison": ("worse slower duller sillier weaker".split(), "better funnier smarter warmer fresher".split()),
+    "same_effect": (["ruins it", "makes it hard to watch"], ["saves it", "makes it easy to enjoy"]),
     "same_verdict": (
-        [
-            "I would not watch it again.",
-            "It is not worth the ticket.",
-            "I cannot recommend it to anyone.",
-            "I looked at my watch all the time.",
-            "I was bored for two hours.",
-            "You will not miss anything if you skip it.",
-        ],
-        [
-            "I would watch it again.",
-            "It is worth the ticket.",
-            "I can recommend it to anyone.",
-            "I never looked at my watch.",
-            "I was not bored for a minute.",
-            "You will miss a lot if you skip it.",
-        ],
+        ["I would not watch it again.", "It is not worth the ticket."],
+        ["I would watch it again.", "It is worth the ticket."],
     ),
 }
 WORDS = {
@@ -82,16 +42,15 @@ WORDS = {
     "genre": "comedy thriller drama western romance musical mystery".split(),
     "hero": "detective teacher pilot singer doctor soldier farmer widow lawyer".split(),
     "friend": "sister brother neighbour father wife husband daughter".split(),
-    "occasion": ["last night", "on a plane", "on a rainy Sunday", "at a festival", "with the whole family"],
 }
 
 
 def write_review(label: int, rng: random.Random) -> str:
-    """One review of 1-4 sentences; `label` is 0 for negative, 1 for positive."""
-    sentiment = {slot: fillings[label] for slot, fillings in SENTIMENT.items()}
+    """One review of 2-4 sentences; `label` is 0 for negative, 1 for positive."""
+    sentiment = {slot: words[label] for slot, words in SENTIMENT.items()}
     grammar = SENTENCES | WORDS | sentiment | {"other": SENTIMENT["same"][1 - label]}
     # Shuffled, then used up, so that nothing comes twice ("the plot is dull, but the plot saves it").
-    unused = {slot: rng.sample(fillings, len(fillings)) for slot, fillings in grammar.items()}
+    unused = {slot: rng.sample(words, len(words)) for slot, words in grammar.items()}
     text = "{review}"
     while "{" in text:
         text = re.sub(r"{(\w+)}", lambda slot: unused[slot[1]].pop(), text)
@@ -102,13 +61,12 @@ def write_corpus() -> tuple[list[dict], list[dict]]:
     """Train and test rows {"text", "label"}, sorted by label as IMDb is, so that a missing shuffle shows."""
     rng, train, test = random.Random(0), [], []
     for label in (0, 1):
-        rows = {}  # keyed by text, so that no review comes twice
-        while len(rows) < (TRAIN_REVIEWS + TEST_REVIEWS) // 2:
-            text = write_review(label, rng)
-            if 8 <= len(text.split()) <= 40:
-                rows[text] = {"text": text, "label": label}
-        train += list(rows.values())[: TRAIN_REVIEWS // 2]
-        test += list(rows.values())[TRAIN_REVIEWS // 2 :]
+        texts = {}  # as keys, so that no review comes twice
+        while len(texts) < (TRAIN_REVIEWS + TEST_REVIEWS) // 2:
+            texts[write_review(label, rng)] = None
+        rows = [{"text": text, "label": label} for text in texts]
+        train += rows[: TRAIN_REVIEWS // 2]
+        test += rows[TRAIN_REVIEWS // 2 :]
     return train, test
 
 
@@ -118,10 +76,7 @@ def demo_folders(folder: Path) -> tuple[Path, Path]:
 
 
 def build_demo(folder: Path) -> tuple[Path, Path]:
-    """Write <folder>/tiny-bert and <folder>/generated-reviews/{train,test}.jsonl, always the same bytes.
-
-    Returns both folders.
-    """
+    """Write <folder>/tiny-bert and <folder>/generated-reviews/{train,test}.jsonl, always the same bytes."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -136,12 +91,10 @@ def build_demo(folder: Path) -> tuple[Path, Path]:
     tokenizer = BertTokenizer({token: index for index, token in enumerate(tokens)}, model_max_length=128)
     tokenizer.save_pretrained(model_folder)
 
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = BertConfig(
+        **sizes,
         vocab_size=len(tokens),
-        hidden_size=64,  # as all layer sizes a multiple of 64, the block in which 4-bit weights are stored
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
         max_position_embeddings=128,
         # Without pretraining, BERT's own settings hide from [CLS] which words were read: weights of 0.02 pass
         # little on, dropout is noise, and a position weighs as much as a word (hence the factor below).

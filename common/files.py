@@ -28,8 +28,8 @@ def write_json(content: dict, path: Path) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def shown(name: str) -> str:
-    """`name` as others may read it: of a path on this machine, its last part; also in the form --flag=path."""
+def public_name(name: str) -> str:
+    """`name` without the folders of this machine: of a path, its last part; also in the form --flag=path."""
     flag, equals, value = name.rpartition("=")
     path = Path(value).expanduser()
     return f"{flag}{equals}{path.resolve().name}" if value and path.exists() else name

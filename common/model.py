@@ -1,8 +1,6 @@
 """The parts of a pretrained classifier, found by its structure: head, blocks, projections; and its precision."""
 
-import copy
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,22 +16,22 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from common.cli import UserError
-from common.hub import OFFLINE, prefer_cache_without_network
+from common.hub import OFFLINE, check_hub
 
 
 def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrainedTokenizerBase:
-    """The backbone's tokenizer, with a padding token. Of a text that is too long it keeps the end.
+    """The backbone's tokenizer, with a padding token. It truncates long texts at the start.
 
-    Raises UserError where the backbone cannot be found, or takes fewer than `max_length` tokens.
+    Raises UserError where the backbone cannot be found or used, or takes fewer than `max_length` tokens.
     """
-    if not Path(name).is_dir():
-        prefer_cache_without_network(name, revision, "model")
+    local = Path(name).is_dir()
+    if not local:
+        check_hub(name, revision, "model")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if Path(name).is_dir() else OFFLINE
-        raise UserError(f"--model {name}: {reason}") from error
+        raise UserError(f"--model {name}: {str(error).splitlines()[0] if local else OFFLINE}") from error
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or config.is_encoder_decoder:
         raise UserError(
             f"--model {name}: {config.model_type} has no classifier; needs an encoder or a decoder that "
@@ -47,7 +45,7 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
         raise UserError(f"--model {name}: has no tokenizer files; its tokenizer would know no word")
     weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in weights):
+    if local and not any((Path(name) / file).exists() for file in weights):
         raise UserError(f"--model {name}: has no weights, {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}")
     for file in Path(name).glob("*.safetensors"):  # half a download, or a Git LFS pointer in its place
         try:
@@ -62,6 +60,7 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # decoders come without one; the mask tells them apart
     tokenizer.truncation_side = "left"  # reviews come to their verdict at the end
+    tokenizer.model_max_length = max_length  # saved with the model: whoever uses it truncates as in training
     return tokenizer
 
 
@@ -74,16 +73,11 @@ def label_config(classes: list[str], tokenizer: PreTrainedTokenizerBase) -> dict
     }
 
 
-def mixed_precision() -> str:
-    """ "bf16" where the GPU computes in it, else "fp16" on a GPU, else "fp32"."""
-    if not torch.cuda.is_available():
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
 def compute_dtype() -> torch.dtype:
-    """The type of `mixed_precision`."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[mixed_precision()]
+    """bfloat16 where the GPU computes in it, else float16 on a GPU, else float32."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def transformer_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -92,24 +86,23 @@ def transformer_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
     Raises UserError where the architecture has no such list (ALBERT shares one block, XLM has a list for every part).
     """
+
+    def size(module: nn.Module) -> int:
+        parts = [part for part in module.modules() if not isinstance(part, nn.Embedding)]
+        return sum(weight.numel() for part in parts for weight in part.parameters(recurse=False) if weight.ndim > 1)
+
     depth = model.config.num_hidden_layers
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)
             and len(module) == depth
-            and 4 * _size(module) >= 3 * _size(model.base_model)
+            and 4 * size(module) >= 3 * size(model.base_model)
         ):
             return name, module
     raise UserError(
         f"--model {model.config._name_or_path}: no list of {depth} Transformer blocks was found in "
         f"{type(model).__name__}; needs an architecture that keeps its blocks apart"
     )
-
-
-def _size(module: nn.Module) -> int:
-    """Weights of all the matrices in `module` but the embeddings'."""
-    parts = [part for part in module.modules() if not isinstance(part, nn.Embedding)]
-    return sum(weight.numel() for part in parts for weight in part.parameters(recurse=False) if weight.ndim > 1)
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
@@ -119,26 +112,22 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     the part with a linear layer that comes after the blocks. Works on the meta device.
     Raises UserError where there is no head.
     """
+
+    def contains(module: nn.Module, kind: type[nn.Module]) -> bool:
+        return any(isinstance(part, kind) for part in module.modules())
+
     prefix = model.base_model_prefix
     parts = list(getattr(model, prefix, nn.Module()).named_children())
-    stacks = [index for index, (_, part) in enumerate(parts) if _contains(part, nn.ModuleList)]
-    if not stacks:
-        raise UserError(
-            f"--model {model.config._name_or_path}: no Transformer blocks were found in {type(model).__name__}"
-        )
-    poolers = [f"{prefix}.{name}" for name, part in parts[stacks[0] + 1 :] if _contains(part, nn.Linear)]
+    stacks = [index for index, (_, part) in enumerate(parts) if contains(part, nn.ModuleList)]
+    after = parts[stacks[0] + 1 :] if stacks else []
+    poolers = [f"{prefix}.{name}" for name, part in after if contains(part, nn.Linear)]
     outside = [
         name for name, part in model.named_children() if name != prefix and any(True for _ in part.parameters())
     ]
-    if not outside:
-        raise UserError(
-            f"--model {model.config._name_or_path}: no classification head was found in {type(model).__name__}"
-        )
+    if not stacks or not outside:
+        lacks = "classification head was" if stacks else "Transformer blocks were"
+        raise UserError(f"--model {model.config._name_or_path}: no {lacks} found in {type(model).__name__}")
     return poolers + outside
-
-
-def _contains(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return any(isinstance(part, kind) for part in module.modules())
 
 
 def attention_projections(model: PreTrainedModel) -> list[str]:
@@ -172,41 +161,16 @@ def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) ->
             part.attention_dropout = 0.0
 
 
-def compute_frozen_parts_in(dtype: torch.dtype, model: nn.Module) -> None:
-    """Let frozen embeddings, linear layers and LayerNorms compute with copies of their weights in `dtype`.
-
-    Autocast would cast the weights in every step, and let LayerNorm give fp32, for every layer after it to cast again.
-    The weights themselves, which are saved, stay as they are; to change or move them later is without effect on what
-    the model computes.
-    """
-    for part in list(model.modules()):
-        if hasattr(part, "cast_input_dtype_enabled"):
-            part.cast_input_dtype_enabled = False  # PEFT would cast to fp32 what autocast then casts back
-        if any(weight.requires_grad for weight in part.parameters()):
-            continue
-        if type(part) in (nn.Embedding, nn.Linear):  # not what bitsandbytes derives from them
-            part.forward = copy.deepcopy(part).to(dtype).forward
-        if type(part) is nn.LayerNorm:
-            part.forward = _without_autocast(copy.deepcopy(part).to(dtype))
+def head_token(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Place of the one token whose last hidden state the head reads, (rows,): of decoders the last token that is not
+    padding, of encoders the first. input_ids: (rows, width), right-padded."""
+    if not hasattr(model, "score"):  # transformers' name for the head of every decoder
+        return torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return (places * (input_ids != model.config.pad_token_id)).argmax(dim=1)
 
 
-def _without_autocast(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    @torch.autocast(layer.weight.device.type, enabled=False)
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        return layer(hidden.to(layer.weight.dtype))
-
-    return forward
-
-
-def keep_trainable(model: nn.Module) -> None:
-    """Let 4-bit layers train on a CPU with AVX512-BF16, where bitsandbytes (0.50) repacks their weights at the first
-    evaluation into a form that has no backward pass."""
-    for part in model.modules():
-        if hasattr(part, "support_avx512bf16_for_cpu"):
-            part.support_avx512bf16_for_cpu = False
-
-
-def new_weights(loading: dict) -> list[str]:
+def missing_weights(loading: dict) -> list[str]:
     """Names of the newly initialised weights, from what `from_pretrained` says of the load."""
     return [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
 

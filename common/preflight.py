@@ -5,14 +5,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from common.cli import UserError
-from common.files import shown
+from common.files import public_name
 from common.model import count_parameters
-from common.trainer import ReviewTrainer
 
 
-def preflight(config, trainer: ReviewTrainer, new: list[str]) -> None:
+def preflight(config, trainer: Trainer, new: list[str]) -> None:
     """Print what is about to be trained, on what and how. Raises UserError as `check_trainable` does."""
     model, args = trainer.model, trainer.args
     check_trainable(model, new)
@@ -20,15 +20,20 @@ def preflight(config, trainer: ReviewTrainer, new: list[str]) -> None:
     # PEFT's own wrappers say nothing, and one line stands for a part of every block.
     names = [re.sub(r"^base_model\.model\.|\.modules_to_save", "", name) for name in trained_parts(model)]
     parts = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names) if len(names) > 8 else names
+    frozen = {
+        str(weight.dtype)[6:]
+        for weight in model.parameters()
+        if not weight.requires_grad and weight.is_floating_point()
+    }
     quantized = sum(hasattr(weight, "quant_state") for weight in model.parameters())
     truncated = trainer.train_dataset["truncated"][:]
     share = f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"
     lines = {
-        "Backbone": f"{shown(config.model)}, revision {config.model_revision or 'as found'}",
-        "Trains": f"{', '.join(parts)}: {share} in fp32",
-        "Frozen": f"all the rest, {total - trainable:,} parameters",
+        "Backbone": f"{public_name(config.model)}, revision {config.model_revision or 'as found'}",
+        "Trains": f"{', '.join(parts)}: {share} in float32",
+        "Frozen": f"all the rest, {total - trainable:,} parameters in {', '.join(sorted(frozen)) or 'no type'}",
         "Quantized": f"{quantized} matrices, to 4 bits" if quantized else "nothing",
-        "Reviews": f"{len(truncated):,} to train on, {100 * sum(truncated) / len(truncated):.1f}% of them cut to "
+        "Reviews": f"{len(truncated):,} to train on, {100 * sum(truncated) / len(truncated):.1f}% of them truncated to "
         f"{config.max_length} tokens; {trainer.padding_percent():.1f}% of the tokens are padding",
         "Device": f"{args.device.type} in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}, "
         f"processes: {args.world_size}, seed: {args.seed}",

@@ -1,4 +1,4 @@
-"""Records: what a run leaves in results.json, beside the charts drawn from it."""
+"""Runs on disk: each seed's folder, which `--resume` goes on from, and results.json beside the charts drawn from it."""
 
 import dataclasses
 import gc
@@ -22,20 +22,20 @@ from transformers import Trainer
 from transformers.utils import cached_file
 
 from common.cli import UserError
-from common.files import shown, write_json
+from common.files import public_name, write_json
 from common.metrics import peak_memory, split_memory
 from common.model import count_parameters
-from common.plotting import DEMO, draw_bar_chart, draw_line_chart, plus_minus
+from common.plotting import DEMO, draw_bar_chart, draw_line_chart
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft", "bitsandbytes")
 
 
-def start_seed(config, seed: int, fingerprint: str) -> tuple[Path, dict | None]:
+def open_seed(method: str, config, seed: int, fingerprint: str) -> tuple[Path, dict | None]:
     """Folder of this seed's checkpoints and model, and its record if an earlier run finished it and `--resume` is on.
 
     fingerprint: of the reviews. The measuring of peak memory starts here.
-    Raises UserError where the run to resume had other flags or other reviews.
+    Raises UserError where the run to resume was of another method, had other flags or other reviews.
     """
     gc.collect()  # the model and the trainer of the seed before hold on to each other, and to memory
     if torch.cuda.is_available():
@@ -43,15 +43,15 @@ def start_seed(config, seed: int, fingerprint: str) -> tuple[Path, dict | None]:
     folder = Path(config.output_dir) / f"seed_{seed}"
     if not config.resume or not (folder / "flags.json").exists():
         return folder, None
-    before, flags = json.loads((folder / "flags.json").read_text()), _flags(config, fingerprint)
-    for name, value in flags.items():
+    before = json.loads((folder / "flags.json").read_text())
+    for name, value in _flags(method, config, fingerprint).items():
         if value != before.get(name):
             raise UserError(f"--resume: the interrupted run had --{name} {before.get(name)}, not {value}")
     finished = folder / "run.json"
     return folder, json.loads(finished.read_text()) if finished.exists() else None
 
 
-def begin_seed(config, folder: Path, fingerprint: str) -> None:
+def clear_seed(method: str, config, folder: Path, fingerprint: str) -> None:
     """Make `folder` ready for training: unless it is resumed, what an earlier run left there is removed.
 
     Not before everything else has been checked, so that a mistake costs no trained model.
@@ -60,14 +60,15 @@ def begin_seed(config, folder: Path, fingerprint: str) -> None:
     if state.is_main_process and not (config.resume and (folder / "flags.json").exists()):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_json(_flags(config, fingerprint), folder / "flags.json")
+        write_json(_flags(method, config, fingerprint), folder / "flags.json")
     state.wait_for_everyone()
 
 
-def _flags(config, fingerprint: str) -> dict:
+def _flags(method: str, config, fingerprint: str) -> dict:
     """What must be the same for a run to go on."""
     reviews = f"{config.dataset} with SHA-256 {fingerprint}"
-    return dataclasses.asdict(config) | {"seeds": None, "resume": None, "dataset": reviews}
+    free = dict.fromkeys(("seeds", "resume", "output_dir", "report_to"))
+    return {"method": method, **dataclasses.asdict(config), "dataset": reviews, **free}
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -81,20 +82,21 @@ def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: floa
 
     test, untrained_test: scores of the chosen and of the untrained model. started: time.perf_counter() at the start.
     """
+    names = {
+        "eval_train_accuracy": "train_accuracy",
+        "eval_validation_accuracy": "validation_accuracy",
+        "eval_validation_f1": "validation_f1",
+        "eval_validation_loss": "validation_loss",
+        "eval_train_loss": "train_loss",
+        "seconds": "seconds",
+    }
     epochs = {}
     for entry in trainer.state.log_history:
-        epoch = epochs.setdefault(round(entry["epoch"]), {"epoch": round(entry["epoch"])})
-        names = {
-            "eval_train_accuracy": "train_accuracy",
-            "eval_validation_accuracy": "validation_accuracy",
-            "eval_validation_f1": "validation_f1",
-            "eval_validation_loss": "validation_loss",
-            "eval_train_loss": "train_loss",
-            "seconds": "seconds",
-        }
+        number = round(entry["epoch"])
+        epoch = epochs.setdefault(number, {"epoch": number, "seconds": 0.0})
         epoch |= {name: entry[key] for key, name in names.items() if key in entry}
-    epochs = [epochs[number] | {"seconds": epochs[number].get("seconds", 0.0)} for number in sorted(epochs)]
-    train_seconds = trainer.stored_seconds + sum(epoch["seconds"] for epoch in epochs)
+    epochs = [epochs[number] for number in sorted(epochs)]
+    train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
     folder = Path(trainer.args.output_dir)
     trainable, total = count_parameters(trainer.model)
     peak = peak_memory()
@@ -120,7 +122,7 @@ def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: floa
     return record
 
 
-def report_results(
+def publish(
     folder: Path, argv: list[str] | None, config, data: DatasetDict, fingerprint: str, runs: list[dict]
 ) -> dict:
     """Write results.json, draw the charts, print what came out; returns the record.
@@ -148,9 +150,13 @@ def report_results(
 
 
 def spread(summary: dict, scale: float = 0.01, decimals: int = 1) -> str:
-    """Mean ± sd in units of `scale`: of fractions, percent."""
-    sd = summary["sd"]
-    return plus_minus(summary["mean"] / scale, sd if sd is None else sd / scale, decimals)
+    """ "92.4 ± 0.1", mean and sd in units of `scale` (of fractions, percent); without an sd "92.4"."""
+    return " ± ".join(f"{number / scale:.{decimals}f}" for number in summary.values() if number is not None)
+
+
+def summarize(values: list[float]) -> dict:
+    """Mean and standard deviation (of a sample: n - 1); of a single value the latter is None."""
+    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def make_record(
@@ -158,24 +164,15 @@ def make_record(
 ) -> dict:
     """The content of results.json."""
     trainable, total = runs[0]["trainable_parameters"], runs[0]["total_parameters"]
-    values = {
-        "test_accuracy": [run["test"]["accuracy"] for run in runs],
-        "test_f1": [run["test"]["f1"] for run in runs],
-        "accuracy_gain": [run["test"]["accuracy"] - run["untrained_test"]["accuracy"] for run in runs],
-        "train_seconds": [run["train_seconds"] for run in runs],
-        "peak_memory_bytes": [run["peak_memory_bytes"] for run in runs],
-    }
     truncated = data["train"]["truncated"][:]
+    settings = dataclasses.asdict(config)
     return {
         "method": method,
-        "command": " ".join(["python", f"{method}/train.py", *map(shown, sys.argv[1:] if argv is None else argv)]),
+        "command": command_line(f"{method}/train.py", argv),
         **({"note": DEMO} if config.demo else {}),
-        "config": {
-            name: shown(value) if isinstance(value, str) else value
-            for name, value in dataclasses.asdict(config).items()
-        },
+        "config": {name: public_name(value) if isinstance(value, str) else value for name, value in settings.items()},
         "model": {
-            "name": shown(config.model),
+            "name": public_name(config.model),
             "revision": config.model_revision,
             "weights_sha256": weights_sha256(config.model, config.model_revision),
             "total_parameters": total,
@@ -183,7 +180,7 @@ def make_record(
             "trainable_percent": 100 * trainable / total,
         },
         "dataset": {
-            "name": shown(config.dataset),
+            "name": public_name(config.dataset),
             "revision": config.dataset_revision,
             "sha256": fingerprint,
             **{split: len(rows) for split, rows in data.items()},
@@ -192,13 +189,18 @@ def make_record(
         "environment": environment(),
         "runs": runs,
         "summary": {
-            name: {
-                "mean": statistics.mean(numbers),
-                "sd": statistics.stdev(numbers) if len(numbers) > 1 else None,
-            }
-            for name, numbers in values.items()
+            "test_accuracy": summarize([run["test"]["accuracy"] for run in runs]),
+            "test_f1": summarize([run["test"]["f1"] for run in runs]),
+            "accuracy_gain": summarize([run["test"]["accuracy"] - run["untrained_test"]["accuracy"] for run in runs]),
+            "train_seconds": summarize([run["train_seconds"] for run in runs]),
+            "peak_memory_bytes": summarize([run["peak_memory_bytes"] for run in runs]),
         },
     }
+
+
+def command_line(script: str, argv: list[str] | None) -> str:
+    """The command as others may read it. argv: its flags; None for those of this process."""
+    return " ".join(["python", script, *map(public_name, sys.argv[1:] if argv is None else argv)])
 
 
 def weights_sha256(name: str, revision: str | None) -> str | None:
@@ -209,25 +211,18 @@ def weights_sha256(name: str, revision: str | None) -> str | None:
 
 def environment() -> dict:
     """Hardware, versions, and the commit of the code: from git, or where there is no history from SOURCE_COMMIT."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    changes = subprocess.run(
-        [*git, "status", "--porcelain", "--untracked-files=no", "*.py"], capture_output=True, text=True, check=False
-    )
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit, cpuinfo = git("rev-parse", "--verify", "HEAD"), Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu": f"{processor()}, {os.cpu_count()} cores",
+        "cpu": f"{cpu[1] if cpu else platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "commit": commit or os.environ.get("SOURCE_COMMIT"),
-        "dirty": bool(changes.stdout) if commit else None,
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "*.py")) if commit else None,
     }
-
-
-def processor() -> str:
-    """The CPU's model where the system tells it, as Linux does on x86, else its architecture."""
-    file = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", file.read_text()) if file.exists() else None
-    return model[1] if model else platform.processor() or platform.machine()

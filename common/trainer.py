@@ -3,6 +3,8 @@
 A small backbone trains faster on a GPU than loader processes can collate and copy batches: here the tokens of all
 reviews stay on the device, and a batch is cut out of them there, without waiting for the host.
 
+Measured on one H200 (all-MiniLM-L6-v2, LoRA, batch 128): MEASURED
+
 `set_seed(seed, deterministic=True)` is enough for the same numbers twice. CUBLAS_WORKSPACE_CONFIG, which older
 versions of PyTorch want besides, should stay unset: where it is set, 2.11 reads it anew at every matrix product, which
 then takes the host 60 to 140 microseconds instead of 25.
@@ -10,23 +12,20 @@ then takes the host 60 to 140 microseconds instead of 25.
 
 import math
 import time
+from collections.abc import Callable, Iterable
 
 import datasets
 import numpy as np
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset
-from transformers import AttentionInterface, AttentionMaskInterface, PrinterCallback, ProgressCallback, Trainer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.utils import logging
 
 from common.cli import UserError
-from common.frozen import FrozenBlocks
-from common.metrics import EpochProgress, synchronize
-from common.model import compute_frozen_parts_in
-
-torch.utils.deterministic.fill_uninitialized_memory = False  # a search for bugs, at the cost of a write per tensor
+from common.frozen import StoredOutputs, pass_stored_outputs_on
+from common.metrics import synchronize
 
 WIDTH_STEP = 8  # batches are a multiple of it wide: with every new shape cuBLAS takes a while to choose its kernels
 
@@ -64,28 +63,6 @@ class ReviewTensors(Dataset):
             places = torch.arange(width, device=index.device)
             batch["attention_mask"] = (places < self.token_counts[index].unsqueeze(1)).long()
         return batch
-
-
-class StoredOutputs(Dataset):
-    """What frozen blocks gave for each review at the one token that the head reads.
-
-    outputs: (reviews, hidden size). A batch has them as `stored`, and one token per review in place of its text.
-    """
-
-    def __init__(self, reviews: ReviewTensors, outputs: torch.Tensor):
-        self.reviews, self.outputs = reviews, outputs
-        self.lengths = np.ones_like(reviews.lengths)
-
-    def __len__(self) -> int:
-        return len(self.reviews)
-
-    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        index = torch.tensor(rows).to(self.outputs.device, non_blocking=True)
-        return {
-            "input_ids": self.reviews.input_ids[index, :1].long(),
-            "labels": self.reviews.labels[index],
-            "stored": self.outputs[index],
-        }
 
 
 class LengthGroupedBatches(Sampler):
@@ -128,25 +105,50 @@ def longest_first(lengths: np.ndarray, size: int) -> BatchSampler:
     return BatchSampler(np.argsort(-lengths, kind="stable").tolist(), size, drop_last=False)
 
 
+class EpochProgress(ProgressCallback):
+    """Progress bars, a line after every evaluation, and each epoch's training seconds in the log history.
+
+    The seconds leave out evaluation and saving.
+    """
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        synchronize()
+        self.start = time.perf_counter()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        synchronize()
+        state.log_history.append({"epoch": state.epoch, "seconds": time.perf_counter() - self.start})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and "eval_validation_accuracy" in logs:
+            accuracy, loss = logs["eval_validation_accuracy"], logs["eval_validation_loss"]
+            self.training_bar.write(
+                f"epoch {state.epoch or 0:.0f}  validation accuracy {100 * accuracy:.2f}%, loss {loss:.4f}"
+            )
+
+
 class ReviewTrainer(Trainer):
     """Trainer for tokenised reviews: data sets with columns `input_ids` and `labels`, or a `Subset` of one.
 
-    Where no Transformer block trains, every review goes through the blocks once, and the head then trains on what
-    came out: the same numbers as doing it in every epoch, given that the frozen blocks run without dropout.
+    run_once: what of the model runs once for every review, before the first epoch (see `common/frozen.py`). Called with
+    the model and an iterator over batches, it returns (reviews, hidden size): the last hidden state that the head reads.
+    None, or a head that reads more than one token: every epoch runs the whole model.
     """
 
-    def __init__(self, *args, **kwargs):
-        AttentionMaskInterface.register("sdpa", mask_without_waiting)
-        AttentionInterface.register("sdpa", flash_attention)
+    def __init__(self, *args, run_once: Callable | None = None, **kwargs):
         super().__init__(*args, compute_loss_func=mean_cross_entropy, **kwargs)
         self.on_device, self.stored = {}, {}  # by fingerprint of the data set
         for verbose in (ProgressCallback, PrinterCallback):  # Trainer adds one of them
             self.remove_callback(verbose)
         self.add_callback(EpochProgress)
-        self.stored_seconds = 0.0  # of the training reviews' one pass through frozen blocks
-        self.frozen_blocks = FrozenBlocks.of(self.model)
-        if self.args.bf16:
-            compute_frozen_parts_in(torch.bfloat16, self.model)
+        self.run_once, self.run_once_seconds = run_once, 0.0  # the seconds are those of the training reviews
+        if run_once:
+            pass_stored_outputs_on(self.model.base_model)
+            self.run_once = run_once if self.head_reads_one_token() else None
+
+    def train(self, *args, **kwargs):
+        with disable_input_dtype_casting(self.model):  # PEFT would cast to fp32 what autocast then casts back
+            return super().train(*args, **kwargs)
 
     def tensors_of(self, reviews: datasets.Dataset) -> ReviewTensors:
         """The reviews on the device."""
@@ -155,19 +157,40 @@ class ReviewTrainer(Trainer):
             self.on_device[key] = ReviewTensors(reviews, self.processing_class.pad_token_id, self.args.device)
         return self.on_device[key]
 
-    def batches_of(self, reviews: datasets.Dataset) -> ReviewTensors | StoredOutputs:
-        """The reviews on the device; where the blocks are frozen, what the blocks make of them."""
+    def inputs_of(self, reviews: datasets.Dataset) -> ReviewTensors | StoredOutputs:
+        """What every epoch reads: the reviews on the device, or what came out of their one pass."""
         tensors, key = self.tensors_of(reviews), reviews._fingerprint
-        if self.frozen_blocks is None:
-            return tensors
-        if key not in self.stored:
-            self.stored[key] = self.run_blocks(tensors)
-        return self.stored[key]
+        if self.run_once and key not in self.stored:
+            rows = list(longest_first(tensors.lengths, self.args.eval_batch_size))
+            progress = logging.tqdm(rows, desc="Through the backbone, once")
+            outputs = self.outputs_of(tensors.__getitems__(part) for part in progress)
+            order = torch.tensor(np.argsort(np.concatenate(rows)), device=outputs.device)
+            self.stored[key] = StoredOutputs(outputs[order], tensors.labels)
+        return self.stored[key] if self.run_once else tensors
+
+    @torch.no_grad()
+    def outputs_of(self, batches: Iterable[dict]) -> torch.Tensor:
+        """What `run_once` makes of batches without their labels."""
+        self.model.eval()
+        unlabelled = ({name: part for name, part in batch.items() if name != "labels"} for batch in batches)
+        with self.accelerator.autocast():
+            return self.run_once(self.model, unlabelled).float()
+
+    @torch.no_grad()
+    def head_reads_one_token(self) -> bool:
+        """Whether what `run_once` returns is enough for the model's own logits, on a few reviews."""
+        tensors = self.tensors_of(self.train_dataset)
+        rows = list(range(min(8, len(tensors))))
+        batch = tensors.__getitems__(rows)
+        outputs = StoredOutputs(self.outputs_of([batch]), batch["labels"])
+        with self.accelerator.autocast():
+            whole, stored = (self.model(**inputs).logits for inputs in (batch, outputs.__getitems__(rows)))
+        return torch.allclose(stored, whole, rtol=0.02, atol=0.01)
 
     def training_batches(self) -> LengthGroupedBatches:
         args = self.args
         return LengthGroupedBatches(
-            self.batches_of(self.train_dataset).lengths,
+            self.inputs_of(self.train_dataset).lengths,
             args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             args.seed,
             args.gradient_accumulation_steps,
@@ -178,11 +201,10 @@ class ReviewTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         synchronize()
         start = time.perf_counter()
-        batches, sampler = self.batches_of(self.train_dataset), self.training_batches()
+        inputs, sampler = self.inputs_of(self.train_dataset), self.training_batches()
         synchronize()
-        if self.frozen_blocks:
-            self.stored_seconds = time.perf_counter() - start
-        loader = DataLoader(batches, batch_sampler=sampler, collate_fn=as_it_is)
+        self.run_once_seconds = time.perf_counter() - start if self.run_once else 0.0
+        loader = DataLoader(inputs, batch_sampler=sampler, collate_fn=whole_batch)
         loader.set_epoch = sampler.set_epoch  # Trainer calls it before every epoch, also when it resumes
         return loader
 
@@ -190,83 +212,22 @@ class ReviewTrainer(Trainer):
         reviews = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if not isinstance(reviews, Subset):
             reviews = Subset(reviews, range(len(reviews)))
-        batches = Subset(self.batches_of(reviews.dataset), reviews.indices)
-        sampler = longest_first(batches.dataset.lengths[batches.indices], self.args.eval_batch_size)
-        return self.accelerator.prepare(DataLoader(batches, batch_sampler=sampler, collate_fn=as_it_is))
+        inputs = Subset(self.inputs_of(reviews.dataset), reviews.indices)
+        sampler = longest_first(inputs.dataset.lengths[inputs.indices], self.args.eval_batch_size)
+        return self.accelerator.prepare(DataLoader(inputs, batch_sampler=sampler, collate_fn=whole_batch))
 
     get_test_dataloader = get_eval_dataloader
 
-    def compute_loss(self, model, inputs, **kwargs):
-        stored = inputs.pop("stored", None)
-        if stored is None:
-            return super().compute_loss(model, inputs, **kwargs)
-        with self.frozen_blocks.replaced_by(stored):
-            return super().compute_loss(model, inputs, **kwargs)
-
-    def run_blocks(self, tensors: ReviewTensors) -> StoredOutputs:
-        """Send every review through the frozen blocks once."""
-        self.model.eval()
-        outputs = torch.empty(len(tensors), self.model.config.hidden_size, device=self.args.device)
-        for rows in logging.tqdm(
-            longest_first(tensors.lengths, self.args.eval_batch_size), desc="Frozen blocks, once"
-        ):
-            with self.accelerator.autocast():
-                outputs[rows] = self.frozen_blocks.outputs(tensors.__getitems__(rows))
-        return StoredOutputs(tensors, outputs)
-
     def padding_percent(self) -> float:
-        """Share of the tokens in this process's batches: of the first epoch, or of the pass through frozen blocks."""
+        """Share of the tokens in this process's batches: of the first epoch, or of the one pass."""
         tensors = self.tensors_of(self.train_dataset)
         once = longest_first(tensors.lengths, self.args.eval_batch_size)
-        batches = list(once if self.frozen_blocks else self.training_batches())
+        batches = list(once if self.run_once else self.training_batches())
         tokens = sum(tensors.lengths[rows].sum() for rows in batches)
         return 100 * (1 - tokens / sum(tensors.width(rows) * len(rows) for rows in batches))
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer's own count walks over all weights in every step
-
-
-def mask_without_waiting(*args, mask_function=None, attention_mask=None, **kwargs) -> torch.Tensor | None:
-    """transformers' mask for attention, without asking the device in every step whether there is any padding at all.
-
-    attention_mask: (rows, width), right-padded; for an encoder it is as good as a mask for every pair of tokens.
-    """
-    if mask_function is not bidirectional_mask_function or attention_mask is None:
-        return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
-    mask = attention_mask[:, None, None, :]
-    mask.sequence_ends = sequence_ends(attention_mask)  # once, for all blocks
-    return mask
-
-
-def sequence_ends(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Where sequences end when right-padded rows stand one after another, each as two: its text, then its padding.
-
-    attention_mask: (rows, width). Returns (1 + 2 * rows,), from 0 to rows * width.
-    """
-    rows, width = attention_mask.shape
-    starts = torch.arange(0, rows * width, width, device=attention_mask.device)
-    ends = torch.stack([starts + attention_mask.sum(1), starts + width], dim=1)
-    return nn.functional.pad(ends.flatten(), (1, 0)).int()
-
-
-def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """transformers' attention by PyTorch, but padded batches go through flash attention too, where the GPU has it.
-
-    Flash attention takes no mask, so PyTorch would choose a kernel that needs three times as long on an H200. It takes
-    sequences of any length, though, and padding can be such a sequence. query, key, value: (rows, heads, width, size).
-    """
-    ends = getattr(attention_mask, "sequence_ends", None)
-    rows, heads, width, size = query.shape
-    fits = ends is not None and size % 8 == 0 and kwargs.get("position_bias") is None
-    case = torch.backends.cuda.SDPAParams(query, key, value, None, dropout, False, False)
-    if not (fits and torch.backends.cuda.can_use_flash_attention(case)):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    query, key, value = (part.transpose(1, 2).reshape(rows * width, heads, size) for part in (query, key, value))
-    # What torch.nn.attention.varlen_attn calls, which has no dropout
-    output, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, ends, ends, width, width, dropout, False, False, scale=scaling
-    )
-    return output.view(rows, width, heads, size), None
 
 
 def mean_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
@@ -275,6 +236,6 @@ def mean_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch=None) -
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
-def as_it_is(batch):
-    """In place of a collate function: the data set gives whole batches already."""
+def whole_batch(batch: dict) -> dict:
+    """In place of a collate function: the data sets give whole batches already."""
     return batch

@@ -1,0 +1,76 @@
+"""Faster training of frozen backbones in 16 bits, with the same results: one call of `speed_up` switches it on.
+
+Measured on one H200 (all-MiniLM-L6-v2, LoRA, batch 128): MEASURED
+"""
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+ATTENTION = "sequences_in_a_row"  # under a name of its own: other models keep theirs
+
+
+def speed_up(model: PreTrainedModel) -> None:
+    """Let encoders' padded batches go through flash attention, and frozen LayerNorms compute in their own type."""
+    AttentionInterface.register(ATTENTION, flash_attention)
+    AttentionMaskInterface.register(ATTENTION, mask_of_texts)
+    model.set_attn_implementation(ATTENTION)  # without effect on architectures with an attention of their own
+    for part in model.modules():
+        if type(part) is nn.LayerNorm and not part.weight.requires_grad and part.weight.dtype != torch.float32:
+            part.__class__ = LayerNormOutsideAutocast
+
+
+class LayerNormOutsideAutocast(nn.LayerNorm):
+    """LayerNorm that gives the type of its weights. On a GPU autocast would let it give fp32: every layer would then
+    keep its hidden states in twice the memory, and cast them back for the next matrix product."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype))
+
+
+def mask_of_texts(*args, mask_function=None, attention_mask=None, **kwargs) -> torch.Tensor | None:
+    """transformers' mask for attention; of an encoder's padded batch it knows besides where the texts begin and end.
+
+    attention_mask: (rows, width), each row's text in one piece. An encoder needs no mask for every pair of tokens;
+    transformers makes one, and asks the device in every step whether there is any padding at all.
+    """
+    if mask_function is not bidirectional_mask_function or attention_mask is None or attention_mask.ndim != 2:
+        return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+    mask = attention_mask.bool()[:, None, None, :]
+    mask.sequence_ends = sequence_ends(attention_mask)  # once, for all blocks
+    return mask
+
+
+def sequence_ends(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Where sequences end if the rows stand one after another, each as three: padding, text, padding (any may be empty).
+
+    attention_mask: (rows, width). Returns (1 + 3 * rows,), from 0 to rows * width.
+    """
+    rows, width = attention_mask.shape
+    starts = torch.arange(0, rows * width, width, device=attention_mask.device)
+    first = starts + attention_mask.int().argmax(1)
+    ends = torch.stack([first, first + attention_mask.sum(1), starts + width], dim=1)
+    return nn.functional.pad(ends.flatten(), (1, 0)).int()
+
+
+def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """transformers' attention by PyTorch, but padded batches go through flash attention too, where the GPU has it.
+
+    Flash attention takes no mask, so PyTorch would choose a slower kernel. It takes sequences of any length, though,
+    and padding can be such a sequence. query, key, value: (rows, heads, width, size).
+    """
+    ends = getattr(attention_mask, "sequence_ends", None)
+    rows, heads, width, size = query.shape
+    fits = ends is not None and size % 8 == 0 and kwargs.get("position_bias") is None
+    case = torch.backends.cuda.SDPAParams(query, key, value, None, dropout, False, False)
+    if not (fits and torch.backends.cuda.can_use_flash_attention(case)):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    query, key, value = (part.transpose(1, 2).reshape(rows * width, heads, size) for part in (query, key, value))
+    # What torch.nn.attention.varlen_attn calls, which has no dropout
+    output, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, ends, ends, width, width, dropout, False, False, scale=scaling
+    )
+    return output.view(rows, width, heads, size), None
