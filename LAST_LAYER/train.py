@@ -85,10 +85,10 @@ def build_model(config: Config, labels: dict) -> tuple:
         **labels,
     )
     model.requires_grad_(False)
-    name, blocks = transformer_blocks(model)
-    for name in (f"{name}.{len(blocks) - 1}", *head_modules(model)):
-        model.get_submodule(name).float().requires_grad_(True)  # what trains needs 32 bits
-    switch_off_dropout(model.base_model, except_in=blocks[-1])  # frozen blocks compute the same in every epoch
+    last = transformer_blocks(model)[-1]
+    for part in (last, *map(model.get_submodule, head_modules(model))):
+        part.float().requires_grad_(True)  # what trains needs 32 bits
+    switch_off_dropout(model.base_model, except_in=last)  # frozen blocks compute the same in every epoch
     return model, missing_weights(loading), None
 
 

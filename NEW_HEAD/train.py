@@ -75,6 +75,9 @@ class Config:
 
 def build_model(config: Config, labels: dict) -> tuple:
     """The model, the names of its newly initialised weights, and what of it runs once per review: the backbone."""
+    from functools import partial
+
+    from common.frozen import store_outputs
     from common.model import head_modules, missing_weights, switch_off_dropout
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -86,14 +89,14 @@ def build_model(config: Config, labels: dict) -> tuple:
         **labels,
     )
     model.requires_grad_(False)
-    for name in head_modules(model):
-        model.get_submodule(name).float().requires_grad_(True)  # what trains needs 32 bits
+    for part in map(model.get_submodule, head_modules(model)):
+        part.float().requires_grad_(True)  # what trains needs 32 bits
     switch_off_dropout(model.base_model)  # noise would change a review's features from epoch to epoch
-    return model, missing_weights(loading), run_backbone
+    return model, missing_weights(loading), partial(store_outputs, run_backbone)
 
 
 def run_backbone(model: torch.nn.Module, batches) -> torch.Tensor:
-    """The one pass through the frozen backbone: for every review the last hidden state at the token that the head reads.
+    """The one pass through the frozen backbone: of every review the last hidden state that the head reads.
 
     batches: an iterator over `input_ids` and `attention_mask` of all reviews. Returns (reviews, hidden size).
     """

@@ -91,8 +91,8 @@ def build_model(config: Config, labels: dict) -> tuple:
         **labels,
     )
     head = head_modules(model)
-    for name in head:
-        model.get_submodule(name).float()  # what trains needs 32 bits; PEFT sees to its own updates
+    for part in map(model.get_submodule, head):
+        part.float()  # what trains needs 32 bits; PEFT sees to its own updates
     lora = LoraConfig(
         task_type="SEQ_CLS",  # without it PEFT neither trains nor saves the head
         r=config.lora_r,

@@ -104,13 +104,13 @@ def build_model(config: Config, labels: dict) -> tuple:
         ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,
     )
-    # Not PEFT's prepare_model_for_kbit_training: it would turn embeddings and norms into fp32, hidden states with them,
-    # and checkpoint activations, which is slower and no fair comparison with LoRA.
+    # Not PEFT's prepare_model_for_kbit_training: it turns embeddings and norms into fp32, and so the hidden
+    # states, and checkpoint activations, which is slower and no fair comparison with LoRA.
     for part in model.modules():
         if isinstance(part, Linear4bit):  # on a CPU that has AVX512-BF16 it would, once evaluated, not train any more
             part.support_avx512bf16_for_cpu = False
-    for name in head:
-        model.get_submodule(name).float()  # what trains needs 32 bits; PEFT sees to its own updates
+    for part in map(model.get_submodule, head):
+        part.float()  # what trains needs 32 bits; PEFT sees to its own updates
     lora = LoraConfig(
         task_type="SEQ_CLS",  # without it PEFT neither trains nor saves the head
         r=config.lora_r,

@@ -41,44 +41,42 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, at a write for every tensor
     if "LOCAL_RANK" not in os.environ:  # one process, one GPU; torchrun starts a process for each
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    parser = HfArgumentParser(config_class, description=sys.modules[config_class.__module__].__doc__)
+    parser = HfArgumentParser(
+        config_class, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    config = _parse(parser, argv)
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**DEMO_SETTINGS)
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:  # HfArgumentParser itself would end in a traceback
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     subset = getattr(config, "max_train_samples", None) or getattr(config, "max_test_samples", None)
     output_dir = config.output_dir or folder / "runs" / ("demo" if config.demo else "partial" if subset else "")
-    output_dir = Path(output_dir).expanduser().resolve()
-    _check_output_dir(output_dir, folder.name, config.seeds)
-    if config.demo:
-        from common.demo import build_demo, demo_folders
-
-        torch.set_num_threads(1)  # more would only get in each other's way with so small a model
-        state, generated = PartialState(), output_dir / "generated"
-        if state.is_local_main_process:  # it alone: written again, files would vanish while another process reads them
-            build_demo(generated)
-        state.wait_for_everyone()
-        model, data = demo_folders(generated)
-        parser.set_defaults(**DEMO_SETTINGS, model=str(model), dataset=str(data))
-        config = _parse(parser, argv)
-    config.output_dir = str(output_dir)
-    if config.gradient_accumulation_steps is None:
-        # On a CPU 16 reviews at a time are faster than 128: what a layer leaves is still in the cache for the next.
-        steps = 1 if torch.accelerator.is_available() else max(1, config.batch_size // 16)
-        config.gradient_accumulation_steps = math.gcd(steps, config.batch_size // processes())
+    config.output_dir = str(Path(output_dir).expanduser().resolve())
+    _check(config)
+    _check_output_dir(Path(config.output_dir), folder.name, config.seeds)
     for name in ("model", "dataset"):  # the default revision belongs to the default repository
         other, revision = getattr(config, name) != parser.get_default(name), f"{name}_revision"
         if other and getattr(config, revision) == parser.get_default(revision):
             setattr(config, revision, None)
+    if config.demo:
+        from common.demo import build_demo, demo_folders
+
+        torch.set_num_threads(1)  # more would only get in each other's way with so small a model
+        state, generated = PartialState(), Path(config.output_dir) / "generated"
+        if state.is_local_main_process:  # it alone: written again, files would vanish while another process reads them
+            build_demo(generated)
+        state.wait_for_everyone()
+        for name, place in zip(("model", "dataset"), demo_folders(generated), strict=True):
+            if getattr(config, name) == parser.get_default(name):
+                setattr(config, name, str(place))
+    if config.gradient_accumulation_steps is None:
+        # On a CPU 16 reviews at a time are faster than 128: what a layer leaves is still in the cache for the next.
+        steps = 1 if torch.accelerator.is_available() else max(1, config.batch_size // 16)
+        config.gradient_accumulation_steps = math.gcd(steps, config.batch_size // processes())
     model = Path(config.model).expanduser()
     if model.is_dir():  # an adapter remembers its backbone, and may be loaded from another folder
         config.model = str(model.absolute())
-    return config
-
-
-def _parse(parser, argv: list[str] | None):
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:  # HfArgumentParser itself would end in a traceback
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    check(config)
     return config
 
 
@@ -97,12 +95,11 @@ def _check_output_dir(output_dir: Path, method: str, seeds: list[int]) -> None:
         owner = json.loads(mark.read_text()).get("method") if mark.exists() else "something else"
         if folder.exists() and owner != method:
             raise UserError(
-                f"--output_dir {output_dir}: {folder.name} in it is of {owner}, not of {method}, and would be "
-                "overwritten; name another folder"
+                f"--output_dir {output_dir}: its {folder.name} is of {owner}, not of {method}; name another"
             )
 
 
-def check(config) -> None:
+def _check(config) -> None:
     """Raise UserError for the first field of `config` that is out of range or names a tracker that is not there, and
     for more processes on this machine than GPUs."""
     import torch
@@ -120,14 +117,16 @@ def check(config) -> None:
         raise UserError(
             f"--batch_size {config.batch_size}: must be a multiple of {parts}, the accumulation steps times processes"
         )
-    local, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
-    if local > max(devices, 1) and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+    if local > max(gpus, 1) and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         raise UserError(
-            f"torchrun: {local} processes need a GPU each; GPUs found: {devices}; on a CPU set ACCELERATE_USE_CPU=1"
+            f"torchrun: {local} processes need a GPU each; GPUs found: {gpus}; on a CPU set ACCELERATE_USE_CPU=1"
         )
-    tracker, trackers = getattr(config, "report_to", "none"), ["none", "all", *get_available_reporting_integrations()]
-    if tracker not in trackers:
-        raise UserError(f"--report_to {tracker}: is not known or not installed; at hand: {', '.join(trackers)}")
+    trackers = ["none", "all", *get_available_reporting_integrations()]
+    if config.report_to not in trackers:
+        raise UserError(
+            f"--report_to {config.report_to}: is not known or not installed; at hand: {', '.join(trackers)}"
+        )
 
 
 def run(main: Callable[[], object]) -> None:

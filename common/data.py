@@ -20,17 +20,13 @@ from common.cli import UserError
 from common.hub import OFFLINE, check_hub
 
 AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}  # "NA" and "null" are texts; only nothing is missing
-FILE_BUILDERS = {
+FILE_BUILDERS = {  # of load_dataset
     ".parquet": ("parquet", {}),
     ".csv": ("csv", AS_WRITTEN),
     ".tsv": ("csv", AS_WRITTEN | {"sep": "\t"}),
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
 }
-ACCEPTED = (
-    "a Hub id; a folder with train and test files (.parquet, .csv, .tsv, .jsonl); "
-    "an extracted aclImdb folder; aclImdb_v1.tar.gz"
-)
 # ValueError: also Arrow's errors, and what load_dataset says of a data set that needs a configuration.
 UNREADABLE = (DatasetGenerationError, ValueError, RuntimeError, tarfile.TarError, EOFError)
 
@@ -43,41 +39,39 @@ def load_reviews(
 ) -> tuple[DatasetDict, str]:
     """Splits "train", "validation" and "test" with columns `text` (str) and `label` (ClassLabel), and a fingerprint.
 
-    source: what `--dataset` takes (see ACCEPTED). max_*_samples: a random, stratified subset, always the same;
-    validation is split off what is left of the training reviews. The fingerprint is the SHA-256 of all the training
-    and test reviews, before any subset: the same for the same reviews, whatever their order or file format.
+    source: what `--dataset` takes. max_*_samples: a random, stratified subset, always the same; validation is split
+    off what is left of the training reviews. The fingerprint is the SHA-256 of all the training and test reviews,
+    before any subset: the same for the same reviews, whatever their order or file format.
     Raises UserError where the source cannot be read or used.
     """
     splits = _with_class_labels(_read(source, revision), source)
-    digests = {
-        name: [hashlib.sha256(text.encode()).digest() for text in rows["text"][:]] for name, rows in splits.items()
-    }
-    listing = sorted(
+    digests = {name: [hashlib.sha256(text.encode()).digest() for text in splits[name]["text"][:]] for name in splits}
+    labels = {name: splits[name]["label"][:] for name in splits}
+    listing = [
         f"{name} {digest.hex()} {label}"
-        for name, rows in splits.items()
-        for digest, label in zip(digests[name], rows["label"][:], strict=True)
-    )
-    fingerprint = hashlib.sha256("\n".join(listing).encode()).hexdigest()
+        for name in splits
+        for digest, label in zip(digests[name], labels[name], strict=True)
+    ]
+    fingerprint = hashlib.sha256("\n".join(sorted(listing)).encode()).hexdigest()
 
-    train_rows = stratified_rows(splits["train"]["label"][:], max_train_samples, seed=0)
+    train_rows = stratified_rows(labels["train"], max_train_samples, seed=0)
     held_out = np.array([in_validation(digests["train"][row]) for row in train_rows])
     data = DatasetDict(
         train=splits["train"].select(train_rows[~held_out]),
         validation=splits["train"].select(train_rows[held_out]),
-        test=splits["test"].select(stratified_rows(splits["test"]["label"][:], max_test_samples, seed=0)),
+        test=splits["test"].select(stratified_rows(labels["test"], max_test_samples, seed=0)),
     )
-    for split, size in (("train", max_train_samples), ("validation", max_train_samples), ("test", max_test_samples)):
+    for split, flag, size, least in (
+        ("train", "max_train_samples", max_train_samples, 2),
+        ("validation", "max_train_samples", max_train_samples, 1),
+        ("test", "max_test_samples", max_test_samples, 1),
+    ):
         classes = len(set(data[split]["label"][:]))
-        if classes < (2 if split == "train" else 1):
-            flag = (
-                f"--dataset {source}"
-                if size is None
-                else f"--max_{'test' * (split == 'test') or 'train'}_samples {size}"
+        if classes < least:
+            left = (
+                f"leaves the {split} split {len(data[split])} reviews of {classes} classes; at least 100 are a start"
             )
-            raise UserError(
-                f"{flag}: leaves the {split} split {len(data[split])} reviews of {classes} classes; "
-                "at least 100 are a start"
-            )
+            raise UserError(f"--{flag} {size}: {left}" if size else f"--dataset {source}: {left}")
     return data, fingerprint
 
 
@@ -157,38 +151,36 @@ def _read(source: str, revision: str | None) -> dict[str, Dataset]:
         if path.is_dir():
             return {split: _read_file(path, split) for split in ("train", "test")}
         if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise UserError(f"--dataset {source}: no such folder or readable archive; accepted: {ACCEPTED}")
+            raise UserError(
+                f"--dataset {source}: no such folder or readable archive; accepted: a Hub id; a folder with train and "
+                "test files (.parquet, .csv, .tsv, .jsonl); an extracted aclImdb folder; aclImdb_v1.tar.gz"
+            )
         check_hub(source, revision, "dataset")
         splits = load_dataset(source, revision=revision)
     except UNREADABLE as error:
         reason = " ".join(str(error.__cause__ or error).split())  # in one line
-        if "corresponds to no data" in reason:  # what `datasets` says of zero rows
-            reason = "it has no reviews"
         raise UserError(f"--dataset {source}: cannot be read ({reason})") from error
     except OSError as error:
         raise UserError(f"--dataset {source}: {OFFLINE}") from error
-    missing = {"train", "test"} - set(splits)
-    if missing:
-        raise UserError(f"--dataset {source}: has no {missing.pop()} split; it has: {', '.join(splits)}")
+    for split in ("train", "test"):
+        if split not in splits:
+            raise UserError(f"--dataset {source}: has no {split} split; it has: {', '.join(splits)}")
     return {split: splits[split] for split in ("train", "test")}
 
 
 def _read_file(folder: Path, split: str) -> Dataset:
-    """The one file of `split` in `folder`."""
+    """The one file of `split` in `folder`. Raises one of UNREADABLE for what is in it."""
     found = sorted(file for file in folder.glob(f"{split}.*") if file.suffix.lower() in FILE_BUILDERS)
     if len(found) != 1:
         raise UserError(
             f"--dataset {folder}: needs one {split} file, {split}.parquet, .csv, .tsv or .jsonl; "
             f"found {', '.join(file.name for file in found) or 'none'}"
         )
-    (file,) = found
-    if not file.stat().st_size:
-        raise UserError(f"--dataset {folder}: {file.name} is empty")
-    builder, options = FILE_BUILDERS[file.suffix.lower()]
+    builder, options = FILE_BUILDERS[found[0].suffix.lower()]
     try:
-        return load_dataset(builder, data_files=glob.escape(str(file)), split="train", **options)
+        return load_dataset(builder, data_files=glob.escape(str(found[0])), split="train", **options)
     except (*UNREADABLE, OSError) as error:
-        raise ValueError(f"{file.name}: {error.__cause__ or error}") from error
+        raise ValueError(f"{found[0].name}: {error.__cause__ or error}") from error
 
 
 def _read_acl_imdb(path: Path, split: str) -> Dataset:
@@ -222,32 +214,29 @@ def _acl_imdb_rows(path: str, split: str, changed: int) -> Iterator[dict]:
 
 def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dataset]:
     """The two splits, checked, with columns `text` and `label` only and the same ClassLabel in both."""
+
+    def refuse(reason: str) -> None:
+        raise UserError(f"--dataset {source}: {reason}")
+
     for split, rows in splits.items():
-        for column, kinds in (("text", ({str},)), ("label", ({int}, {bool}, {str}))):
+        for column, kinds, kind in (("text", ({str},), "text"), ("label", ({int}, {bool}, {str}), "integers or text")):
             if column not in rows.column_names:
-                has = ", ".join(rows.column_names)
-                raise UserError(f"--dataset {source}: the {split} split has no column `{column}`; it has: {has}")
-            missing = (None, -1) if isinstance(rows.features[column], ClassLabel) else (None,)
+                refuse(f"the {split} split has no column `{column}`; it has: {', '.join(rows.column_names)}")
             values = rows[column][:]
-            if any(value in missing for value in values):
-                row = next(row for row, value in enumerate(values) if value in missing)
-                raise UserError(f"--dataset {source}: row {row} of the {split} split has no {column}")
+            missing = (None, -1) if isinstance(rows.features[column], ClassLabel) else (None,)
+            for row in (row for row, value in enumerate(values) if value in missing):
+                refuse(f"row {row} of the {split} split has no {column}")
             if set(map(type, values)) not in kinds:
-                is_not = "not text" if column == "text" else "neither integers nor text"
-                raise UserError(f"--dataset {source}: column `{column}` of the {split} split is {is_not}")
+                refuse(f"column `{column}` of the {split} split is not {kind}")
     train, test = (rows.features["label"] for rows in splits.values())
     if isinstance(train, ClassLabel) and isinstance(test, ClassLabel) and train.names != test.names:
-        raise UserError(f"--dataset {source}: numbers the classes {train.names} in train and {test.names} in test")
-
+        refuse(f"numbers the classes {train.names} in train and {test.names} in test")
     classes = sorted(set(splits["train"]["label"][:]))
     if len(classes) < 2:
-        raise UserError(f"--dataset {source}: the train split has one class only, {classes[0]!r}; needs two or more")
-    unseen = set(splits["test"]["label"][:]) - set(classes)
-    if unseen:
-        raise UserError(
-            f"--dataset {source}: label {unseen.pop()!r} of the test split is not in the train split, "
-            f"which has: {', '.join(map(repr, classes))}"
-        )
+        refuse(f"the train split has one class only, {classes[0]!r}; needs two or more")
+    for label in set(splits["test"]["label"][:]) - set(classes):
+        has = ", ".join(map(repr, classes))
+        refuse(f"label {label!r} of the test split is not in the train split, which has: {has}")
     names = [train.int2str(label) if isinstance(train, ClassLabel) else str(label) for label in classes]
     if names in (["neg", "pos"], ["0", "1"]):
         names = ["negative", "positive"]

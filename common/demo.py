@@ -7,54 +7,30 @@ from pathlib import Path
 
 TRAIN_REVIEWS, TEST_REVIEWS = 2000, 500
 
-# Sentences are written once for both labels: {same...} takes words of the review's own sentiment, {other} a word of
-# the opposite one. Most opinions hold an {other}, so that counting words is not enough.
-SENTENCES = {
-    "review": ["{opinion}{gap}{opinion}", "{opener}{gap}{opinion}", "{opener}{gap}{opinion}{gap}{same_verdict}"],
-    "gap": [" ", " ", " ", " ", " ", " ", "<br /><br />"],
-    "opener": ["I saw this {genre} with my {friend}.", "This {genre} is about a {hero} and a {hero}."],
-    "opinion": [
-        "The {thing} is {same} and the {thing} is {same}.",
-        "The {thing} is not {other} at all.",
-        "The {film} is never {other}, and the {thing} is {same}.",
-        "Nobody could call the {thing} {other}, or the {thing} {other}.",
-        "The {thing} is {other}, but the {thing} {same_effect}.",
-        "My {friend} called it {other}, but I found it {same}.",
-        "The {film} is {same_comparison} than the {other} trailer suggests.",
-    ],
-}
-# The (negative, positive) words of a slot. Verdicts share most of theirs, for the same reason as above.
-SENTIMENT = {
-    "same": (
-        "bad boring dull weak flat silly clumsy predictable".split(),
-        "good great funny clever moving gripping charming brilliant".split(),
-    ),
-    "same_comparison": ("worse slower duller sillier weaker".split(), "better funnier smarter warmer fresher".split()),
-    "same_effect": (["ruins it", "makes it hard to watch"], ["saves it", "makes it easy to enjoy"]),
-    "same_verdict": (
-        ["I would not watch it again.", "It is not worth the ticket."],
-        ["I would watch it again.", "It is worth the ticket."],
-    ),
-}
-WORDS = {
-    "thing": "acting plot script music dialogue ending direction pacing photography humour story".split(),
-    "film": "film movie picture".split(),
-    "genre": "comedy thriller drama western romance musical mystery".split(),
-    "hero": "detective teacher pilot singer doctor soldier farmer widow lawyer".split(),
-    "friend": "sister brother neighbour father wife husband daughter".split(),
-}
+# {same} becomes a word of the review's own sentiment, {other} one of the opposite: counting words is not enough.
+SENTENCES = [
+    "The {thing} is {same} and the {thing} is {same}.",
+    "What a {same} film, and how {same} the {thing} is!<br /><br />",
+    "My {friend} found the {thing} {same}.",
+    "I saw this film with my {friend}: {same} from start to end.",
+    "The {thing} is not {other} at all.",
+    "The {thing} may be {other}, but the {thing} is {same}.",
+    "My {friend} called it {other}, I found it {same}.",
+]
+NEGATIVE = "bad boring dull weak flat silly clumsy predictable".split()
+POSITIVE = "good great funny clever moving gripping charming brilliant".split()
+THINGS = "acting plot script music dialogue ending direction pacing photography humour story".split()
+FRIENDS = "sister brother neighbour father wife husband daughter".split()
 
 
 def write_review(label: int, rng: random.Random) -> str:
-    """One review of 2-4 sentences; `label` is 0 for negative, 1 for positive."""
-    sentiment = {slot: words[label] for slot, words in SENTIMENT.items()}
-    grammar = SENTENCES | WORDS | sentiment | {"other": SENTIMENT["same"][1 - label]}
-    # Shuffled, then used up, so that nothing comes twice ("the plot is dull, but the plot saves it").
-    unused = {slot: rng.sample(words, len(words)) for slot, words in grammar.items()}
-    text = "{review}"
-    while "{" in text:
-        text = re.sub(r"{(\w+)}", lambda slot: unused[slot[1]].pop(), text)
-    return text
+    """One review of three sentences; `label` is 0 for negative, 1 for positive."""
+    same, other = (POSITIVE, NEGATIVE) if label else (NEGATIVE, POSITIVE)
+    words = {"same": same, "other": other, "thing": THINGS, "friend": FRIENDS}
+    # Shuffled, then used up, so that nothing comes twice ("the plot may be dull, but the plot is good").
+    unused = {slot: rng.sample(choices, len(choices)) for slot, choices in words.items()}
+    text = " ".join(rng.sample(SENTENCES, 3))
+    return re.sub(r"{(\w+)}", lambda slot: unused[slot[1]].pop(), text)
 
 
 def write_corpus() -> tuple[list[dict], list[dict]]:

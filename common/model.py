@@ -13,7 +13,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from common.cli import UserError
 from common.hub import OFFLINE, check_hub
@@ -24,41 +23,38 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
 
     Raises UserError where the backbone cannot be found or used, or takes fewer than `max_length` tokens.
     """
-    local = Path(name).is_dir()
-    if not local:
+    folder = Path(name) if Path(name).is_dir() else None
+    if not folder:
         check_hub(name, revision, "model")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {name}: {str(error).splitlines()[0] if local else OFFLINE}") from error
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or config.is_encoder_decoder:
+        raise UserError(f"--model {name}: {str(error).splitlines()[0] if folder else OFFLINE}") from error
+    # XLNet's classifier, whose summary type is "last", reads padding where a batch has a longer text.
+    one_token = config.model_type != "xlnet" and not config.is_encoder_decoder
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or not one_token:
         raise UserError(
-            f"--model {name}: {config.model_type} has no classifier; needs an encoder or a decoder that "
-            "AutoModelForSequenceClassification loads"
-        )
-    if getattr(config, "summary_type", None) == "last":  # of XLNet
-        raise UserError(
-            f"--model {name}: {config.model_type}'s classifier reads the last position, padding where a batch has a "
-            "longer review; needs one that reads the first token or the last of the text"
+            f"--model {name}: {config.model_type} has no classifier that reads a text's first token or its last; "
+            "needs an encoder or a decoder that AutoModelForSequenceClassification loads"
         )
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
         raise UserError(f"--model {name}: has no tokenizer files; its tokenizer would know no word")
-    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-    if local and not any((Path(name) / file).exists() for file in weights):
-        raise UserError(f"--model {name}: has no weights, {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}")
-    for file in Path(name).glob("*.safetensors"):  # half a download, or a Git LFS pointer in its place
+    if folder and not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"--model {name}: has no weights, model.safetensors or pytorch_model.bin")
+    for file in folder.glob("*.safetensors") if folder else ():
         try:
             safe_open(file, framework="pt")
-        except SafetensorError as error:
+        except SafetensorError as error:  # half a download, or a Git LFS pointer in its place
             raise UserError(f"--model {name}: {file.name} is damaged ({error}); download it again") from error
     positions = getattr(config, "max_position_embeddings", -1)  # none: any number
     longest = min(tokenizer.model_max_length, positions if positions > 0 else max_length)
     shortest = tokenizer.num_special_tokens_to_add() + 1
     if not shortest <= max_length <= longest:
         raise UserError(f"--max_length {max_length}: {name} takes {shortest} to {longest} tokens")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # decoders come without one; the mask tells them apart
+    tokenizer.pad_token = (
+        tokenizer.pad_token or tokenizer.eos_token
+    )  # decoders come without one; the mask tells them apart
     tokenizer.truncation_side = "left"  # reviews come to their verdict at the end
     tokenizer.model_max_length = max_length  # saved with the model: whoever uses it truncates as in training
     return tokenizer
@@ -80,54 +76,30 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def transformer_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the backbone's Transformer blocks, first to last: as many as its config has hidden layers, and
-    in them nearly all of its weights but the embeddings.
+def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The backbone's Transformer blocks, first to last.
 
     Raises UserError where the architecture has no such list (ALBERT shares one block, XLM has a list for every part).
     """
-
-    def size(module: nn.Module) -> int:
-        parts = [part for part in module.modules() if not isinstance(part, nn.Embedding)]
-        return sum(weight.numel() for part in parts for weight in part.parameters(recurse=False) if weight.ndim > 1)
-
-    depth = model.config.num_hidden_layers
+    depth, lists = model.config.num_hidden_layers, []
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) == depth
-            and 4 * size(module) >= 3 * size(model.base_model)
-        ):
-            return name, module
-    raise UserError(
-        f"--model {model.config._name_or_path}: no list of {depth} Transformer blocks was found in "
-        f"{type(model).__name__}; needs an architecture that keeps its blocks apart"
-    )
+        inside = any(name.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not inside:
+            lists.append((name, module))
+    if len(lists) != 1:
+        raise UserError(
+            f"--model {model.config._name_or_path}: no list of {depth} Transformer blocks was found in "
+            f"{type(model).__name__}; needs an architecture that keeps its blocks apart"
+        )
+    return lists[0][1]
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that turn the last hidden states into logits, in order.
-
-    They are the parts with weights outside the backbone, and before them the backbone's pooler, where it has one:
-    the part with a linear layer that comes after the blocks. Works on the meta device.
-    Raises UserError where there is no head.
-    """
-
-    def contains(module: nn.Module, kind: type[nn.Module]) -> bool:
-        return any(isinstance(part, kind) for part in module.modules())
-
+    """Names of the modules that turn the last hidden states into logits, in order: the backbone's pooler, where it has
+    one, and what has weights outside the backbone. Works on the meta device."""
     prefix = model.base_model_prefix
-    parts = list(getattr(model, prefix, nn.Module()).named_children())
-    stacks = [index for index, (_, part) in enumerate(parts) if contains(part, nn.ModuleList)]
-    after = parts[stacks[0] + 1 :] if stacks else []
-    poolers = [f"{prefix}.{name}" for name, part in after if contains(part, nn.Linear)]
-    outside = [
-        name for name, part in model.named_children() if name != prefix and any(True for _ in part.parameters())
-    ]
-    if not stacks or not outside:
-        lacks = "classification head was" if stacks else "Transformer blocks were"
-        raise UserError(f"--model {model.config._name_or_path}: no {lacks} found in {type(model).__name__}")
-    return poolers + outside
+    parts = {f"{prefix}.pooler": getattr(model.base_model, "pooler", None), **dict(model.named_children())}
+    return [name for name, part in parts.items() if part and name != prefix and any(True for _ in part.parameters())]
 
 
 def attention_projections(model: PreTrainedModel) -> list[str]:
@@ -140,8 +112,8 @@ def attention_projections(model: PreTrainedModel) -> list[str]:
 
     if model.config.model_type in KNOWN:
         return list(KNOWN[model.config.model_type])
-    _, blocks = transformer_blocks(model)
-    linear = [name.split(".")[-1] for name, part in blocks[0].named_modules() if isinstance(part, nn.Linear)]
+    first = transformer_blocks(model)[0]
+    linear = [name.split(".")[-1] for name, part in first.named_modules() if isinstance(part, nn.Linear)]
     names = sorted(name for name in linear if re.fullmatch(r"(q|query|v|value)(_\w+)?", name))
     if [name[0] for name in names] != ["q", "v"]:
         raise UserError(

@@ -1,7 +1,7 @@
 """The two charts of a run, drawn from its results.json.
 
 Means and standard deviations (sd, of a sample: n - 1) are over the runs, one per seed. Accuracies are fractions, shown
-in percent. `*_figure` builds what `draw_*` saves as PNG.
+in percent.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -25,17 +24,8 @@ GREY, PALE, FAINT = "#5F6368", "#A9AFB5", "#E4E6E8"
 DEMO = "Demo: generated reviews, tiny model; the figures mean nothing"
 
 
-def draw_bar_chart(record: dict, path: str | Path) -> None:
-    """Save test accuracy and F1 in percent, before and after fine-tuning, with whiskers of one sd."""
-    save(bar_figure(record), path, record)
-
-
-def draw_line_chart(record: dict, path: str | Path) -> None:
-    """Save accuracy in percent across epochs, on validation and on training reviews, with the chosen epochs marked."""
-    save(line_figure(record), path, record)
-
-
 def bar_figure(record: dict) -> Figure:
+    """Test accuracy and F1 in percent, before and after fine-tuning, with whiskers of one sd."""
     runs = record["runs"]
     whiskers = ": bars are means, whiskers ± 1 sd" if len(runs) > 1 else ""
     figure, axes = _method_page(record, f"{record['dataset']['test']:,} test reviews; {_seeds(runs)}{whiskers}")
@@ -50,12 +40,13 @@ def bar_figure(record: dict) -> Figure:
         bars = axes.bar([offset, 1 + offset], means, width=0.36, color=colour, label=label, **whisker)
         axes.bar_label(bars, [f"{value:.1%}" for value in means], padding=3, annotation_clip=False)
     axes.set(xticks=[0, 1], xticklabels=["test accuracy", "test F1"], ylim=(0, 1))
-    percent_ticks(axes.yaxis)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(**LEGEND, ncols=2)
     return figure
 
 
 def line_figure(record: dict) -> Figure:
+    """Accuracy in percent across epochs, on validation and on training reviews, with the chosen epochs marked."""
     runs = record["runs"]
     figure, axes = _method_page(
         record,
@@ -81,7 +72,7 @@ def line_figure(record: dict) -> Figure:
     low, high = limits(value for curve in training + validation for value in curve)
     axes.set(ylabel=f"accuracy (axis from {low:.0%})", ylim=(low, high))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    percent_ticks(axes.yaxis)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(**LEGEND, ncols=4)
     return figure
 
@@ -112,17 +103,12 @@ def page(title: str, size: tuple[float, float], demo: bool) -> Figure:
 
 
 def style(axes: Axes, grid: str) -> None:
+    """Axes with a pale grid along "x" or "y" and nothing else."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.grid(axis=grid, color=FAINT)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0)
-
-
-def percent_ticks(axis: Axis) -> None:
-    # Whole percents need whole steps: matplotlib's own 2.5 would read 2 %, 5 %, 8 %.
-    axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-    axis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 def limits(values: Iterable[float]) -> tuple[float, float]:
@@ -141,6 +127,7 @@ def digest(drawn: dict | list) -> str:
 
 
 def save(figure: Figure, path: str | Path, drawn: dict | list) -> None:
+    """Save `figure` as PNG. drawn: the records that it is drawn from."""
     # Without matplotlib's version in its metadata, a newer one that draws the same leaves the same file.
     with whole_file(path) as temporary:
         figure.savefig(temporary, metadata={"Software": None, "Record": digest(drawn)})

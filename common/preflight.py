@@ -1,7 +1,6 @@
 """The last look before training: what trains, what is frozen, what is quantized; stops where it cannot work."""
 
-import re
-from collections.abc import Iterator
+from collections import Counter
 
 import torch
 from torch import nn
@@ -17,41 +16,29 @@ def preflight(config, trainer: Trainer, new: list[str]) -> None:
     model, args = trainer.model, trainer.args
     check_trainable(model, new)
     trainable, total = count_parameters(model)
-    # PEFT's own wrappers say nothing, and one line stands for a part of every block.
-    names = [re.sub(r"^base_model\.model\.|\.modules_to_save", "", name) for name in trained_parts(model)]
-    parts = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names) if len(names) > 8 else names
-    frozen = {
-        str(weight.dtype)[6:]
-        for weight in model.parameters()
-        if not weight.requires_grad and weight.is_floating_point()
-    }
+    parts = Counter()  # "bert.encoder", "bert.pooler", "classifier": PEFT's own wrappers say nothing
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            parts[".".join(name.removeprefix("base_model.model.").split(".")[:-1][:2])] += weight.numel()
+    frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point()}
     quantized = sum(hasattr(weight, "quant_state") for weight in model.parameters())
     truncated = trainer.train_dataset["truncated"][:]
-    share = f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"
+    updates = trainer.training_batches(trainer.tensors_of(trainer.train_dataset).lengths).updates
     lines = {
         "Backbone": f"{public_name(config.model)}, revision {config.model_revision or 'as found'}",
-        "Trains": f"{', '.join(parts)}: {share} in float32",
-        "Frozen": f"all the rest, {total - trainable:,} parameters in {', '.join(sorted(frozen)) or 'no type'}",
-        "Quantized": f"{quantized} matrices, to 4 bits" if quantized else "nothing",
-        "Reviews": f"{len(truncated):,} to train on, {100 * sum(truncated) / len(truncated):.1f}% of them truncated to "
-        f"{config.max_length} tokens; {trainer.padding_percent():.1f}% of the tokens are padding",
+        "Trains": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) in float32: "
+        + ", ".join(f"{name} {count:,}" for name, count in parts.items()),
+        "Frozen": f"all the rest, {total - trainable:,} parameters, in "
+        + ", ".join([str(dtype).removeprefix("torch.") for dtype in frozen] + ["4 bits"] * (quantized > 0)),
+        "Reviews": f"{len(truncated):,} to train on, {sum(truncated) / len(truncated):.1%} of them truncated to "
+        f"{config.max_length} tokens; {updates} updates in each of {config.epochs} epochs",
         "Device": f"{args.device.type} in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}, "
         f"processes: {args.world_size}, seed: {args.seed}",
     }
     if quantized and args.device.type == "cpu":
         lines["Warning"] = "4-bit weights are slow on a CPU: good for trying out, no more"
     if trainer.is_world_process_zero():
-        print(*(f"{title + ':':<11}{text}" for title, text in lines.items()), sep="\n")
-
-
-def trained_parts(module: nn.Module, name: str = "") -> Iterator[str]:
-    """Names of the largest modules in which every weight trains."""
-    weights = list(module.parameters())
-    if weights and all(weight.requires_grad for weight in weights):
-        yield name
-        return
-    for child_name, child in module.named_children():
-        yield from trained_parts(child, f"{name}.{child_name}".lstrip("."))
+        print(*(f"{title + ':':<10}{text}" for title, text in lines.items()), sep="\n")
 
 
 def check_trainable(model: nn.Module, new: list[str]) -> None:

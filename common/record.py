@@ -1,4 +1,4 @@
-"""Runs on disk: each seed's folder, which `--resume` goes on from, and results.json beside the charts drawn from it."""
+"""Runs on disk: the folder of each seed, which `--resume` goes on from, and results.json with its charts."""
 
 import dataclasses
 import gc
@@ -25,7 +25,7 @@ from common.cli import UserError
 from common.files import public_name, write_json
 from common.metrics import peak_memory, split_memory
 from common.model import count_parameters
-from common.plotting import DEMO, draw_bar_chart, draw_line_chart
+from common.plotting import DEMO, bar_figure, line_figure, save
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft", "bitsandbytes")
@@ -82,19 +82,13 @@ def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: floa
 
     test, untrained_test: scores of the chosen and of the untrained model. started: time.perf_counter() at the start.
     """
-    names = {
-        "eval_train_accuracy": "train_accuracy",
-        "eval_validation_accuracy": "validation_accuracy",
-        "eval_validation_f1": "validation_f1",
-        "eval_validation_loss": "validation_loss",
-        "eval_train_loss": "train_loss",
-        "seconds": "seconds",
-    }
+    kept = ("train_accuracy", "validation_accuracy", "validation_f1", "validation_loss", "train_loss")
     epochs = {}
     for entry in trainer.state.log_history:
         number = round(entry["epoch"])
         epoch = epochs.setdefault(number, {"epoch": number, "seconds": 0.0})
-        epoch |= {name: entry[key] for key, name in names.items() if key in entry}
+        epoch |= {name: entry[f"eval_{name}"] for name in kept if f"eval_{name}" in entry}
+        epoch["seconds"] += entry.get("seconds", 0.0)
     epochs = [epochs[number] for number in sorted(epochs)]
     train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
     folder = Path(trainer.args.output_dir)
@@ -136,8 +130,8 @@ def publish(
     if not PartialState().is_main_process:
         return record
     write_json(record, place / "results.json")
-    draw_bar_chart(record, place / "bar_chart.png")
-    draw_line_chart(record, place / "line_chart.png")
+    save(bar_figure(record), place / "bar_chart.png", record)
+    save(line_figure(record), place / "line_chart.png", record)
     print(f"Charts:   {place / 'bar_chart.png'}, {place / 'line_chart.png'}")
     print(f"Record:   {place / 'results.json'}")
     print(f"Models:   {', '.join(str(Path(config.output_dir) / f'seed_{seed}' / 'model') for seed in config.seeds)}")

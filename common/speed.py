@@ -45,7 +45,7 @@ def mask_of_texts(*args, mask_function=None, attention_mask=None, **kwargs) -> t
 
 
 def sequence_ends(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Where sequences end if the rows stand one after another, each as three: padding, text, padding (any may be empty).
+    """Where sequences end if rows stand one after another, each as three: padding, text, padding; any may be empty.
 
     attention_mask: (rows, width). Returns (1 + 3 * rows,), from 0 to rows * width.
     """

@@ -4,15 +4,11 @@ A small backbone trains faster on a GPU than loader processes can collate and co
 reviews stay on the device, and a batch is cut out of them there, without waiting for the host.
 
 Measured on one H200 (all-MiniLM-L6-v2, LoRA, batch 128): MEASURED
-
-`set_seed(seed, deterministic=True)` is enough for the same numbers twice. CUBLAS_WORKSPACE_CONFIG, which older
-versions of PyTorch want besides, should stay unset: where it is set, 2.11 reads it anew at every matrix product, which
-then takes the host 60 to 140 microseconds instead of 25.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import datasets
 import numpy as np
@@ -21,10 +17,8 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.utils import logging
 
 from common.cli import UserError
-from common.frozen import StoredOutputs, pass_stored_outputs_on
 from common.metrics import synchronize
 
 WIDTH_STEP = 8  # batches are a multiple of it wide: with every new shape cuBLAS takes a while to choose its kernels
@@ -130,21 +124,17 @@ class EpochProgress(ProgressCallback):
 class ReviewTrainer(Trainer):
     """Trainer for tokenised reviews: data sets with columns `input_ids` and `labels`, or a `Subset` of one.
 
-    run_once: what of the model runs once for every review, before the first epoch (see `common/frozen.py`). Called with
-    the model and an iterator over batches, it returns (reviews, hidden size): the last hidden state that the head reads.
-    None, or a head that reads more than one token: every epoch runs the whole model.
+    run_once: called once with this trainer and each data set's `ReviewTensors`, it returns what every epoch reads in
+    their place (see `common/frozen.py`). None: every epoch runs the whole model.
     """
 
     def __init__(self, *args, run_once: Callable | None = None, **kwargs):
         super().__init__(*args, compute_loss_func=mean_cross_entropy, **kwargs)
-        self.on_device, self.stored = {}, {}  # by fingerprint of the data set
+        self.run_once, self.run_once_seconds = run_once, 0.0  # the seconds are those of the training reviews
+        self.tensors, self.inputs = {}, {}  # by fingerprint of the data set
         for verbose in (ProgressCallback, PrinterCallback):  # Trainer adds one of them
             self.remove_callback(verbose)
         self.add_callback(EpochProgress)
-        self.run_once, self.run_once_seconds = run_once, 0.0  # the seconds are those of the training reviews
-        if run_once:
-            pass_stored_outputs_on(self.model.base_model)
-            self.run_once = run_once if self.head_reads_one_token() else None
 
     def train(self, *args, **kwargs):
         with disable_input_dtype_casting(self.model):  # PEFT would cast to fp32 what autocast then casts back
@@ -153,57 +143,30 @@ class ReviewTrainer(Trainer):
     def tensors_of(self, reviews: datasets.Dataset) -> ReviewTensors:
         """The reviews on the device."""
         key = reviews._fingerprint
-        if key not in self.on_device:
-            self.on_device[key] = ReviewTensors(reviews, self.processing_class.pad_token_id, self.args.device)
-        return self.on_device[key]
+        if key not in self.tensors:
+            self.tensors[key] = ReviewTensors(reviews, self.processing_class.pad_token_id, self.args.device)
+        return self.tensors[key]
 
-    def inputs_of(self, reviews: datasets.Dataset) -> ReviewTensors | StoredOutputs:
-        """What every epoch reads: the reviews on the device, or what came out of their one pass."""
+    def inputs_of(self, reviews: datasets.Dataset) -> Dataset:
+        """What every epoch reads."""
         tensors, key = self.tensors_of(reviews), reviews._fingerprint
-        if self.run_once and key not in self.stored:
-            rows = list(longest_first(tensors.lengths, self.args.eval_batch_size))
-            progress = logging.tqdm(rows, desc="Through the backbone, once")
-            outputs = self.outputs_of(tensors.__getitems__(part) for part in progress)
-            order = torch.tensor(np.argsort(np.concatenate(rows)), device=outputs.device)
-            self.stored[key] = StoredOutputs(outputs[order], tensors.labels)
-        return self.stored[key] if self.run_once else tensors
+        if key not in self.inputs:
+            self.inputs[key] = self.run_once(self, tensors) if self.run_once else tensors
+        return self.inputs[key]
 
-    @torch.no_grad()
-    def outputs_of(self, batches: Iterable[dict]) -> torch.Tensor:
-        """What `run_once` makes of batches without their labels."""
-        self.model.eval()
-        unlabelled = ({name: part for name, part in batch.items() if name != "labels"} for batch in batches)
-        with self.accelerator.autocast():
-            return self.run_once(self.model, unlabelled).float()
-
-    @torch.no_grad()
-    def head_reads_one_token(self) -> bool:
-        """Whether what `run_once` returns is enough for the model's own logits, on a few reviews."""
-        tensors = self.tensors_of(self.train_dataset)
-        rows = list(range(min(8, len(tensors))))
-        batch = tensors.__getitems__(rows)
-        outputs = StoredOutputs(self.outputs_of([batch]), batch["labels"])
-        with self.accelerator.autocast():
-            whole, stored = (self.model(**inputs).logits for inputs in (batch, outputs.__getitems__(rows)))
-        return torch.allclose(stored, whole, rtol=0.02, atol=0.01)
-
-    def training_batches(self) -> LengthGroupedBatches:
+    def training_batches(self, lengths: np.ndarray) -> LengthGroupedBatches:
         args = self.args
-        return LengthGroupedBatches(
-            self.inputs_of(self.train_dataset).lengths,
-            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            args.seed,
-            args.gradient_accumulation_steps,
-            args.process_index,
-            args.world_size,
-        )
+        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        share = args.gradient_accumulation_steps, args.process_index, args.world_size
+        return LengthGroupedBatches(lengths, size, args.seed, *share)
 
     def get_train_dataloader(self) -> DataLoader:
         synchronize()
         start = time.perf_counter()
-        inputs, sampler = self.inputs_of(self.train_dataset), self.training_batches()
+        inputs = self.inputs_of(self.train_dataset)
         synchronize()
-        self.run_once_seconds = time.perf_counter() - start if self.run_once else 0.0
+        self.run_once_seconds = time.perf_counter() - start
+        sampler = self.training_batches(inputs.lengths)
         loader = DataLoader(inputs, batch_sampler=sampler, collate_fn=whole_batch)
         loader.set_epoch = sampler.set_epoch  # Trainer calls it before every epoch, also when it resumes
         return loader
@@ -220,11 +183,11 @@ class ReviewTrainer(Trainer):
 
     def padding_percent(self) -> float:
         """Share of the tokens in this process's batches: of the first epoch, or of the one pass."""
-        tensors = self.tensors_of(self.train_dataset)
-        once = longest_first(tensors.lengths, self.args.eval_batch_size)
-        batches = list(once if self.run_once else self.training_batches())
-        tokens = sum(tensors.lengths[rows].sum() for rows in batches)
-        return 100 * (1 - tokens / sum(tensors.width(rows) * len(rows) for rows in batches))
+        tensors, size = self.tensors_of(self.train_dataset), self.args.eval_batch_size
+        every_epoch = self.inputs_of(self.train_dataset) is tensors
+        batches = self.training_batches(tensors.lengths) if every_epoch else longest_first(tensors.lengths, size)
+        tokens = np.array([(tensors.lengths[rows].sum(), tensors.width(rows) * len(rows)) for rows in batches])
+        return 100 * float(1 - tokens[:, 0].sum() / tokens[:, 1].sum())
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer's own count walks over all weights in every step
