@@ -155,6 +155,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     untrained = trainable_state(model)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model(folder / "model")
+    model.config.dtype = torch.float32  # what the model loads in unless asked otherwise: its head was trained in it
     model.config.save_pretrained(folder / "model")  # an adapter alone forgets its label names
     test = score(trainer.predict(data["test"]))  # the first look at the test reviews: every choice is made
     model.load_state_dict(untrained, strict=False)

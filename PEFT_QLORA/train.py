@@ -104,8 +104,8 @@ def build_model(config: Config, labels: dict) -> tuple:
         ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,
     )
-    # Not PEFT's prepare_model_for_kbit_training: it turns embeddings and norms into fp32, and so the hidden
-    # states, and checkpoint activations, which is slower and no fair comparison with LoRA.
+    # Not PEFT's prepare_model_for_kbit_training: it turns embeddings and norms, and so all hidden states, into fp32,
+    # and checkpoints activations, which is slower and no fair comparison with LoRA.
     for part in model.modules():
         if isinstance(part, Linear4bit):  # on a CPU that has AVX512-BF16 it would, once evaluated, not train any more
             part.support_avx512bf16_for_cpu = False
@@ -169,6 +169,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     untrained = trainable_state(model)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model(folder / "model")
+    model.config.dtype = torch.float32  # what the model loads in unless asked otherwise: its head was trained in it
     model.config.save_pretrained(folder / "model")  # an adapter alone forgets its label names
     test = score(trainer.predict(data["test"]))  # the first look at the test reviews: every choice is made
     model.load_state_dict(untrained, strict=False)

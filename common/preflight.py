@@ -19,7 +19,8 @@ def preflight(config, trainer: Trainer, new: list[str]) -> None:
     parts = Counter()  # "bert.encoder", "bert.pooler", "classifier": PEFT's own wrappers say nothing
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            parts[".".join(name.removeprefix("base_model.model.").split(".")[:-1][:2])] += weight.numel()
+            plain = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+            parts[".".join(plain.split(".")[:-1][:2])] += weight.numel()
     frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point()}
     quantized = sum(hasattr(weight, "quant_state") for weight in model.parameters())
     truncated = trainer.train_dataset["truncated"][:]

@@ -124,20 +124,20 @@ def publish(
     They go beside the script in `folder` after a full run, else under `--output_dir`: a partial run never replaces
     a published chart.
     """
+    output_dir = Path(config.output_dir)
     partial = config.demo or config.max_train_samples or config.max_test_samples
-    place = Path(config.output_dir) if partial or config.output_dir != str(folder / "runs") else folder
+    place = output_dir if partial or output_dir != folder / "runs" else folder
     record = make_record(folder.name, argv, config, data, fingerprint, runs)
     if not PartialState().is_main_process:
         return record
     write_json(record, place / "results.json")
     save(bar_figure(record), place / "bar_chart.png", record)
     save(line_figure(record), place / "line_chart.png", record)
+    accuracy, f1 = (spread(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
     print(f"Charts:   {place / 'bar_chart.png'}, {place / 'line_chart.png'}")
     print(f"Record:   {place / 'results.json'}")
-    print(f"Models:   {', '.join(str(Path(config.output_dir) / f'seed_{seed}' / 'model') for seed in config.seeds)}")
-    accuracy, f1 = (spread(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
-    over = f"mean ± sd over {len(runs)} seeds" if len(runs) > 1 else "one seed"
-    print(f"Test accuracy {accuracy}, F1 {f1} (percent, {over})")
+    print(f"Models:   {', '.join(str(output_dir / f'seed_{seed}' / 'model') for seed in config.seeds)}")
+    print(f"Test:     accuracy {accuracy}, F1 {f1} (percent, mean ± sd over seeds {config.seeds})")
     if config.demo:
         print("This was the demo, on generated reviews with a tiny model: its figures mean nothing.")
     return record

@@ -167,7 +167,7 @@ class ReviewTrainer(Trainer):
         synchronize()
         self.run_once_seconds = time.perf_counter() - start
         sampler = self.training_batches(inputs.lengths)
-        loader = DataLoader(inputs, batch_sampler=sampler, collate_fn=whole_batch)
+        loader = DataLoader(inputs, batch_sampler=sampler, collate_fn=lambda batch: batch)  # it comes whole
         loader.set_epoch = sampler.set_epoch  # Trainer calls it before every epoch, also when it resumes
         return loader
 
@@ -177,7 +177,7 @@ class ReviewTrainer(Trainer):
             reviews = Subset(reviews, range(len(reviews)))
         inputs = Subset(self.inputs_of(reviews.dataset), reviews.indices)
         sampler = longest_first(inputs.dataset.lengths[inputs.indices], self.args.eval_batch_size)
-        return self.accelerator.prepare(DataLoader(inputs, batch_sampler=sampler, collate_fn=whole_batch))
+        return self.accelerator.prepare(DataLoader(inputs, batch_sampler=sampler, collate_fn=lambda batch: batch))
 
     get_test_dataloader = get_eval_dataloader
 
@@ -197,8 +197,3 @@ def mean_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch=None) -
     """Mean over the global batch: classifiers' own loss is a mean per step, wrong under gradient accumulation."""
     loss = nn.functional.cross_entropy(outputs["logits"].float(), labels, reduction="sum")
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-
-def whole_batch(batch: dict) -> dict:
-    """In place of a collate function: the data sets give whole batches already."""
-    return batch

@@ -2,26 +2,30 @@
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
 # One thread: tiny models gain nothing from more, and lose much on a busy machine.
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+if os.environ.get("GPU") != "1":  # of tests/test_gpu.py alone
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import datasets
 import pytest
 import torch
 import transformers
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.data import load_reviews, tokenize, training_sample
 from common.demo import build_demo
+from common.metrics import validation_scores
+from common.model import label_config, load_tokenizer
+from common.speed import speed_up
+from common.trainer import ReviewTrainer
 
 METHODS = ("NEW_HEAD", "LAST_LAYER", "PEFT_LORA", "PEFT_QLORA")
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -34,6 +38,7 @@ ARCHITECTURES = {
     "llama": transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
     "qwen2": transformers.Qwen2Config(**SIZES, num_key_value_heads=2),
 }
+DECODERS = ("llama", "qwen2")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,15 +69,73 @@ def backbones(tmp_path_factory, demo) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture(scope="session")
+def tokens(demo) -> datasets.DatasetDict:
+    """A few of the demo's reviews, at most 48 tokens of each."""
+    reviews, _ = load_reviews(str(demo[1]), max_train_samples=150, max_test_samples=40)
+    return tokenize(reviews, load_tokenizer(str(demo[0]), None, 48), 48)
+
+
 @pytest.fixture(params=METHODS)
 def method(request):
     """Each of the four scripts, as a module."""
-    return importlib.import_module(f"{request.param}.train")
+    return import_method(request.param)
 
 
-def configure(method, model: Path, **changes):
-    """The script's Config for the backbone in `model`."""
-    config = method.Config(model=str(model), model_revision=None)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
+def import_method(name: str):
+    return importlib.import_module(f"{name}.train")
+
+
+def build(method, folder: Path, seed: int = 0):
+    """What `build_model` of a script, or of the method of this name, returns for the backbone in `folder`."""
+    method = import_method(method) if isinstance(method, str) else method
+    labels = label_config(["negative", "positive"], transformers.AutoTokenizer.from_pretrained(folder))
+    transformers.set_seed(seed)
+    return method.build_model(method.Config(model=str(folder), model_revision=None), labels)
+
+
+def make_trainer(method, folder: Path, output_dir: Path, tokens, **changes) -> ReviewTrainer:
+    """A trainer as in the scripts, with few and small steps."""
+    model, _, run_once = build(method, folder)
+    speed_up(model)
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "seed": 0}
+    settings |= {"output_dir": str(output_dir), "report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
+    return ReviewTrainer(
+        model=model,
+        args=transformers.TrainingArguments(**settings | changes),
+        train_dataset=tokens["train"],
+        eval_dataset={"train": training_sample(tokens), "validation": tokens["validation"]},
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        compute_metrics=validation_scores,
+        run_once=run_once,
+    )
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = p
+
+
+def watch_dtypes(model: nn.Module, kinds: str) -> dict[str, torch.dtype]:
+    """By name, the types of what modules of a class that matches `kinds` give; filled as they run."""
+    seen = {}
+
+    def hook(name):
+        def note(part, inputs, output):
+            seen[name] = (output[0] if isinstance(output, tuple) else output).dtype
+
+        return note
+
+    for name, part in model.named_modules():
+        if re.search(kinds, type(part).__name__):
+            part.register_forward_hook(hook(name))
+    return seen
+
+
+def write_random_backbone(folder: Path, tokenizer_of: Path, config: transformers.PretrainedConfig) -> Path:
+    """Write a random backbone of this shape, with the tokenizer of another, into `folder`."""
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
+    return folder

@@ -1,0 +1,49 @@
+"""The four scripts as modules, and parts of the reviews: what the studies share. Measures nothing itself."""
+
+import importlib
+import os
+from types import ModuleType
+
+from datasets import DatasetDict
+
+from common.cli import parse_config
+from common.data import load_reviews, stratified_rows, tokenize
+from common.model import load_tokenizer
+
+METHODS = ("NEW_HEAD", "LAST_LAYER", "PEFT_LORA", "PEFT_QLORA")
+EVALUATED = 16  # reviews that a study of speed evaluates on, outside the measured time
+WORKERS = 8 if os.cpu_count() >= 8 else 0
+# How an expert lets Trainer make batches: reviews of similar length together, by processes of their own.
+STOCK_FEEDING = {
+    "train_sampling_strategy": "group_by_length",
+    "dataloader_num_workers": WORKERS,
+    "dataloader_persistent_workers": WORKERS > 0,
+}
+
+
+def script(name: str) -> ModuleType:
+    """<name>/train.py as a module."""
+    return importlib.import_module(f"{name}.train")
+
+
+def some_reviews(dataset: str, size: int) -> DatasetDict:
+    """A random, stratified part of the training reviews, and a few to evaluate on, with columns `text` and `label`."""
+    default = script(METHODS[0]).Config
+    data, _ = load_reviews(dataset, default.dataset_revision if dataset == default.dataset else None)
+    rows = stratified_rows(data["train"]["label"][:], size, seed=0)
+    few = data["validation"].shuffle(seed=0).select(range(min(EVALUATED, len(data["validation"]))))
+    return DatasetDict(train=data["train"].select(rows).shuffle(seed=0), validation=few, test=few)
+
+
+def prepare(method: ModuleType, reviews: DatasetDict, flags: list[str]) -> dict:
+    """Arguments of the script's `train`. reviews: as of `some_reviews`."""
+    config = parse_config(method.Config, method.FOLDER, flags)
+    tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
+    return {
+        "config": config,
+        "seed": 0,
+        "tokenizer": tokenizer,
+        "data": tokenize(reviews, tokenizer, config.max_length),
+        "fingerprint": "",
+        "classes": reviews["train"].features["label"].names,
+    }
