@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils import logging
 
 from common.trainer import ReviewTensors, ReviewTrainer, longest_first
@@ -66,7 +66,8 @@ def pass_stored_outputs_on(backbone: PreTrainedModel) -> None:
             if inputs_embeds is None:
                 return super().forward(*args, **kwargs)
             pooler = getattr(self, "pooler", None)
-            return BaseModelOutputWithPooling(inputs_embeds, pooler(inputs_embeds) if pooler else None)
+            pooled = pooler(inputs_embeds) if pooler else None
+            return BaseModelOutputWithPoolingAndCrossAttentions(inputs_embeds, pooled)
 
     if type(backbone).__name__ != "Passing":
         backbone.__class__ = Passing

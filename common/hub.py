@@ -32,6 +32,8 @@ def check_hub(name: str, revision: str | None, kind: str) -> None:
         huggingface_hub.HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10)
     except tuple(reasons) as error:
         raise UserError(reasons[type(error)]) from error
-    except (errors.HTTPError, OSError):
+    except (errors.HTTPError, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            raise UserError(f"--{kind} {name}: the Hub does not accept the token; {log_in}") from error
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         warnings.filterwarnings("ignore", "Could not find a config file")  # PEFT's, at every save without the Hub

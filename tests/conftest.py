@@ -86,12 +86,12 @@ def import_method(name: str):
     return importlib.import_module(f"{name}.train")
 
 
-def build(method, folder: Path, seed: int = 0):
+def build(method, folder: Path, seed: int = 0, **flags):
     """What `build_model` of a script, or of the method of this name, returns for the backbone in `folder`."""
     method = import_method(method) if isinstance(method, str) else method
     labels = label_config(["negative", "positive"], transformers.AutoTokenizer.from_pretrained(folder))
     transformers.set_seed(seed)
-    return method.build_model(method.Config(model=str(folder), model_revision=None), labels)
+    return method.build_model(method.Config(model=str(folder), model_revision=None, **flags), labels)
 
 
 def make_trainer(method, folder: Path, output_dir: Path, tokens, **changes) -> ReviewTrainer:

@@ -4,8 +4,8 @@
     python -m common.study.tricks --model ~/minilm --dataset ~/imdb --methods PEFT_LORA --rounds 2
 
 Every training is a script's own `train` at its published settings, on a part of the training reviews. A trick is left
-out by a patch in this process alone. The variants of a method take turns; ratios are taken within a round. Speed is that
-of the last of two epochs, the first one warms up; of NEW_HEAD it is that of five epochs and the one pass before them.
+out by a patch in this process alone. The variants of a method take turns; ratios are taken within a round. Speed is
+that of the second of two epochs; of NEW_HEAD it is that of five epochs and the one pass before them.
 Writes common/study/tricks.json. On a CPU the peak of memory says nothing: it is the whole process's.
 """
 
@@ -112,7 +112,7 @@ def compare(name: str, reviews, flags: list[str], rounds: int) -> dict[str, dict
 
 
 def worth(found: dict[str, dict], trick: str) -> dict[str, float]:
-    """What `trick` makes of speed (median, min and max over the rounds) and of peak memory (median): 1.1 is 10% more."""
+    """What `trick` does to speed (median, min and max of the rounds) and to peak memory (median): 1.1 is 10% more."""
 
     def ratios(key: str) -> list[float]:
         return [full / less for full, less in zip(found[ALL][key], found[trick][key], strict=True)]
