@@ -80,7 +80,8 @@ def build_model(config: Config, labels: dict) -> tuple:
     """The model, the names of its newly initialised weights, and what of it runs once per review: nothing."""
     from peft import LoraConfig, get_peft_model
 
-    from common.model import attention_projections, head_modules, missing_weights
+    from common.model import head_modules, missing_weights
+    from common.projections import attention_projections
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         config.model,

@@ -82,7 +82,8 @@ def build_model(config: Config, labels: dict) -> tuple:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    from common.model import attention_projections, head_modules, missing_weights
+    from common.model import head_modules, missing_weights
+    from common.projections import attention_projections
 
     backbone = AutoConfig.from_pretrained(config.model, revision=config.model_revision)
     with torch.device("meta"):  # the structure alone, to find the head in before any weight is quantized

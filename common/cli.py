@@ -34,6 +34,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     """
     import torch
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
     from transformers import HfArgumentParser
     from transformers.utils import logging as transformers_logging
 
@@ -41,6 +42,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, at a write for every tensor
     if "LOCAL_RANK" not in os.environ:  # one process, one GPU; torchrun starts a process for each
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # the first one decides for the process
     parser = HfArgumentParser(
         config_class, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False
     )
@@ -63,7 +65,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
         from common.demo import build_demo, demo_folders
 
         torch.set_num_threads(1)  # more would only get in each other's way with so small a model
-        state, generated = PartialState(), Path(config.output_dir) / "generated"
+        generated = Path(config.output_dir) / "generated"
         if state.is_local_main_process:  # it alone: written again, files would vanish while another process reads them
             build_demo(generated)
         state.wait_for_everyone()
@@ -91,8 +93,10 @@ def _check_output_dir(output_dir: Path, method: str, seeds: list[int]) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--output_dir {output_dir}: {existing} is no folder that can be written to")
     for folder in (output_dir / f"seed_{seed}" for seed in seeds):
-        mark = folder / "flags.json"
-        owner = json.loads(mark.read_text()).get("method") if mark.exists() else "something else"
+        try:
+            owner = json.loads((folder / "flags.json").read_text())["method"]
+        except (OSError, ValueError, KeyError, TypeError):  # not written by this project
+            owner = "something else"
         if folder.exists() and owner != method:
             raise UserError(
                 f"--output_dir {output_dir}: its {folder.name} is of {owner}, not of {method}; name another"

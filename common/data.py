@@ -25,7 +25,6 @@ FILE_BUILDERS = {  # of load_dataset
     ".csv": ("csv", AS_WRITTEN),
     ".tsv": ("csv", AS_WRITTEN | {"sep": "\t"}),
     ".jsonl": ("json", {}),
-    ".json": ("json", {}),
 }
 # ValueError: also Arrow's errors, and what load_dataset says of a data set that needs a configuration.
 UNREADABLE = (DatasetGenerationError, ValueError, RuntimeError, tarfile.TarError, EOFError)
@@ -61,17 +60,15 @@ def load_reviews(
         validation=splits["train"].select(train_rows[held_out]),
         test=splits["test"].select(stratified_rows(labels["test"], max_test_samples, seed=0)),
     )
-    for split, flag, size, least in (
-        ("train", "max_train_samples", max_train_samples, 2),
-        ("validation", "max_train_samples", max_train_samples, 1),
-        ("test", "max_test_samples", max_test_samples, 1),
+    for split, part, size in (
+        ("train", "train", max_train_samples),
+        ("validation", "train", max_train_samples),
+        ("test", "test", max_test_samples),
     ):
-        classes = len(set(data[split]["label"][:]))
-        if classes < least:
-            left = (
-                f"leaves the {split} split {len(data[split])} reviews of {classes} classes; at least 100 are a start"
-            )
-            raise UserError(f"--{flag} {size}: {left}" if size else f"--dataset {source}: {left}")
+        rows, classes = len(data[split]), len(set(data[split]["label"][:]))
+        if classes < 1 + (split == "train"):
+            flag = f"--max_{part}_samples {size}" if size else f"--dataset {source}"
+            raise UserError(f"{flag}: leaves {split} {rows} reviews of {classes} classes; at least 100 are a start")
     return data, fingerprint
 
 
@@ -179,8 +176,8 @@ def _read_file(folder: Path, split: str) -> Dataset:
     builder, options = FILE_BUILDERS[found[0].suffix.lower()]
     try:
         return load_dataset(builder, data_files=glob.escape(str(found[0])), split="train", **options)
-    except (*UNREADABLE, OSError) as error:
-        raise ValueError(f"{found[0].name}: {error.__cause__ or error}") from error
+    except (*UNREADABLE, OSError, StopIteration) as error:  # the last of an empty file
+        raise ValueError(f"{found[0].name}: {str(error.__cause__ or error) or 'is empty'}") from None
 
 
 def _read_acl_imdb(path: Path, split: str) -> Dataset:
@@ -242,15 +239,11 @@ def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dat
         names = ["negative", "positive"]
     return {
         split: rows.select_columns(["text", "label"]).map(
-            _renumber,
+            lambda labels: {"label": [classes.index(label) for label in labels]},
             batched=True,
-            fn_kwargs={"index": {label: number for number, label in enumerate(classes)}},
+            input_columns="label",
             features=Features(text=Value("string"), label=ClassLabel(names=names)),
             desc=f"Reading the labels of {split}",
         )
         for split, rows in splits.items()
     }
-
-
-def _renumber(batch: dict, index: dict) -> dict:
-    return {"label": [index[label] for label in batch["label"]]}

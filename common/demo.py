@@ -5,28 +5,29 @@ import random
 import re
 from pathlib import Path
 
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
 TRAIN_REVIEWS, TEST_REVIEWS = 2000, 500
 
 # {same} becomes a word of the review's own sentiment, {other} one of the opposite: counting words is not enough.
 SENTENCES = [
     "The {thing} is {same} and the {thing} is {same}.",
     "What a {same} film, and how {same} the {thing} is!<br /><br />",
-    "My {friend} found the {thing} {same}.",
-    "I saw this film with my {friend}: {same} from start to end.",
+    "I found the {thing} {same}.",
     "The {thing} is not {other} at all.",
     "The {thing} may be {other}, but the {thing} is {same}.",
-    "My {friend} called it {other}, I found it {same}.",
+    "My friends called it {other}, I found it {same}.",
 ]
 NEGATIVE = "bad boring dull weak flat silly clumsy predictable".split()
 POSITIVE = "good great funny clever moving gripping charming brilliant".split()
 THINGS = "acting plot script music dialogue ending direction pacing photography humour story".split()
-FRIENDS = "sister brother neighbour father wife husband daughter".split()
 
 
 def write_review(label: int, rng: random.Random) -> str:
     """One review of three sentences; `label` is 0 for negative, 1 for positive."""
     same, other = (POSITIVE, NEGATIVE) if label else (NEGATIVE, POSITIVE)
-    words = {"same": same, "other": other, "thing": THINGS, "friend": FRIENDS}
+    words = {"same": same, "other": other, "thing": THINGS}
     # Shuffled, then used up, so that nothing comes twice ("the plot may be dull, but the plot is good").
     unused = {slot: rng.sample(choices, len(choices)) for slot, choices in words.items()}
     text = " ".join(rng.sample(SENTENCES, 3))
@@ -35,15 +36,15 @@ def write_review(label: int, rng: random.Random) -> str:
 
 def write_corpus() -> tuple[list[dict], list[dict]]:
     """Train and test rows {"text", "label"}, sorted by label as IMDb is, so that a missing shuffle shows."""
-    rng, train, test = random.Random(0), [], []
+    rng, splits = random.Random(0), ([], [])
     for label in (0, 1):
         texts = {}  # as keys, so that no review comes twice
         while len(texts) < (TRAIN_REVIEWS + TEST_REVIEWS) // 2:
-            texts[write_review(label, rng)] = None
+            texts[write_review(label, rng)] = label
         rows = [{"text": text, "label": label} for text in texts]
-        train += rows[: TRAIN_REVIEWS // 2]
-        test += rows[TRAIN_REVIEWS // 2 :]
-    return train, test
+        splits[0].extend(rows[: TRAIN_REVIEWS // 2])
+        splits[1].extend(rows[TRAIN_REVIEWS // 2 :])
+    return splits
 
 
 def demo_folders(folder: Path) -> tuple[Path, Path]:
@@ -52,10 +53,7 @@ def demo_folders(folder: Path) -> tuple[Path, Path]:
 
 
 def build_demo(folder: Path) -> tuple[Path, Path]:
-    """Write <folder>/tiny-bert and <folder>/generated-reviews/{train,test}.jsonl, always the same bytes."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizer
-
+    """Write both, always the same bytes; returns `demo_folders`."""
     model_folder, data_folder = demo_folders(folder)
     data_folder.mkdir(parents=True, exist_ok=True)
     train, test = write_corpus()

@@ -1,6 +1,5 @@
-"""The parts of a pretrained classifier, found by its structure: head, blocks, projections; and its precision."""
+"""The parts of a pretrained classifier, found by its structure: head and blocks; and its precision."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -62,11 +61,8 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
 
 def label_config(classes: list[str], tokenizer: PreTrainedTokenizerBase) -> dict:
     """Keyword arguments that give `from_pretrained` its labels' names, and the padding token a decoder pools by."""
-    return {
-        "id2label": dict(enumerate(classes)),
-        "label2id": {name: number for number, name in enumerate(classes)},
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
+    return {**names, "pad_token_id": tokenizer.pad_token_id}
 
 
 def compute_dtype() -> torch.dtype:
@@ -100,27 +96,6 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     prefix = model.base_model_prefix
     parts = {f"{prefix}.pooler": getattr(model.base_model, "pooler", None), **dict(model.named_children())}
     return [name for name, part in parts.items() if part and name != prefix and any(True for _ in part.parameters())]
-
-
-def attention_projections(model: PreTrainedModel) -> list[str]:
-    """Names that the query and value projections end in: from PEFT's own mapping of architectures, or for one that it
-    lacks (DistilBERT, for example) the linear layers of every block whose names begin with q and v.
-
-    Raises UserError where neither finds them.
-    """
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-    if model.config.model_type in KNOWN:
-        return list(KNOWN[model.config.model_type])
-    first = transformer_blocks(model)[0]
-    linear = [name.split(".")[-1] for name, part in first.named_modules() if isinstance(part, nn.Linear)]
-    names = sorted(name for name in linear if re.fullmatch(r"(q|query|v|value)(_\w+)?", name))
-    if [name[0] for name in names] != ["q", "v"]:
-        raise UserError(
-            f"--model {model.config._name_or_path}: no query and value projections were found in "
-            f"{type(model).__name__}; PEFT knows those of {', '.join(sorted(KNOWN))}"
-        )
-    return names
 
 
 def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) -> None:

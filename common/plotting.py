@@ -87,7 +87,7 @@ def _method_page(record: dict, caption: str) -> tuple[Figure, Axes]:
     style(axes, grid="y")
     trains = f"{model['trainable_parameters']:,} of {model['total_parameters']:,} parameters"
     share = f"({model['trainable_percent']:.3g}%)"
-    axes.set_title(f"Trains {trains} {share} · {_seeds(record['runs'])}", loc="left", size=10, color=GREY)
+    axes.set_title(f"Trains {trains} {share} · {_seeds(record['runs'])}", loc="left", size=10, color=GREY, pad=20)
     axes.set_xlabel(caption, loc="left", size=9, color=GREY)
     return figure, axes
 
@@ -97,8 +97,8 @@ def page(title: str, size: tuple[float, float], demo: bool) -> Figure:
     # White and opaque, because dark text must read on a dark README too.
     figure = Figure(size, dpi=160, facecolor="white", layout="constrained")
     title = textwrap.fill(title, int(7.5 * size[0]))
-    title = f"{DEMO}\n{title}" if demo else title  # a name with dollar signs is no formula
-    figure.suptitle(title, x=0.01, ha="left", weight="bold", color=RED if demo else "black", parse_math=False)
+    look = {"weight": "bold", "color": RED if demo else "black", "parse_math": False}  # "$" in a name is no formula
+    figure.suptitle(f"{DEMO}\n{title}" if demo else title, x=0.01, ha="left", **look)
     return figure
 
 
@@ -108,7 +108,6 @@ def style(axes: Axes, grid: str) -> None:
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.grid(axis=grid, color=FAINT)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0)
 
 
 def limits(values: Iterable[float]) -> tuple[float, float]:

@@ -36,8 +36,6 @@ def preflight(config, trainer: Trainer, new: list[str]) -> None:
         "Device": f"{args.device.type} in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}, "
         f"processes: {args.world_size}, seed: {args.seed}",
     }
-    if quantized and args.device.type == "cpu":
-        lines["Warning"] = "4-bit weights are slow on a CPU: good for trying out, no more"
     if trainer.is_world_process_zero():
         print(*(f"{title + ':':<10}{text}" for title, text in lines.items()), sep="\n")
 

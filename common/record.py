@@ -126,7 +126,7 @@ def publish(
     """
     output_dir = Path(config.output_dir)
     partial = config.demo or config.max_train_samples or config.max_test_samples
-    place = output_dir if partial or output_dir != folder / "runs" else folder
+    place = output_dir if partial or output_dir != (folder / "runs").resolve() else folder
     record = make_record(folder.name, argv, config, data, fingerprint, runs)
     if not PartialState().is_main_process:
         return record
@@ -134,8 +134,7 @@ def publish(
     save(bar_figure(record), place / "bar_chart.png", record)
     save(line_figure(record), place / "line_chart.png", record)
     accuracy, f1 = (spread(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
-    print(f"Charts:   {place / 'bar_chart.png'}, {place / 'line_chart.png'}")
-    print(f"Record:   {place / 'results.json'}")
+    print(f"Record:   {place / 'results.json'}, with bar_chart.png and line_chart.png beside it")
     print(f"Models:   {', '.join(str(output_dir / f'seed_{seed}' / 'model') for seed in config.seeds)}")
     print(f"Test:     accuracy {accuracy}, F1 {f1} (percent, mean ± sd over seeds {config.seeds})")
     if config.demo:
@@ -158,7 +157,6 @@ def make_record(
 ) -> dict:
     """The content of results.json."""
     trainable, total = runs[0]["trainable_parameters"], runs[0]["total_parameters"]
-    truncated = data["train"]["truncated"][:]
     settings = dataclasses.asdict(config)
     return {
         "method": method,
@@ -178,7 +176,7 @@ def make_record(
             "revision": config.dataset_revision,
             "sha256": fingerprint,
             **{split: len(rows) for split, rows in data.items()},
-            "truncated_percent": 100 * sum(truncated) / len(truncated),
+            "truncated_percent": 100 * statistics.mean(data["train"]["truncated"][:]),
         },
         "environment": environment(),
         "runs": runs,
@@ -186,8 +184,7 @@ def make_record(
             "test_accuracy": summarize([run["test"]["accuracy"] for run in runs]),
             "test_f1": summarize([run["test"]["f1"] for run in runs]),
             "accuracy_gain": summarize([run["test"]["accuracy"] - run["untrained_test"]["accuracy"] for run in runs]),
-            "train_seconds": summarize([run["train_seconds"] for run in runs]),
-            "peak_memory_bytes": summarize([run["peak_memory_bytes"] for run in runs]),
+            **{name: summarize([run[name] for run in runs]) for name in ("train_seconds", "peak_memory_bytes")},
         },
     }
 

@@ -100,10 +100,7 @@ def longest_first(lengths: np.ndarray, size: int) -> BatchSampler:
 
 
 class EpochProgress(ProgressCallback):
-    """Progress bars, a line after every evaluation, and each epoch's training seconds in the log history.
-
-    The seconds leave out evaluation and saving.
-    """
+    """Progress bars, a line after every evaluation, and in the log history each epoch's seconds of training alone."""
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         synchronize()
@@ -116,9 +113,8 @@ class EpochProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "eval_validation_accuracy" in logs:
             accuracy, loss = logs["eval_validation_accuracy"], logs["eval_validation_loss"]
-            self.training_bar.write(
-                f"epoch {state.epoch or 0:.0f}  validation accuracy {100 * accuracy:.2f}%, loss {loss:.4f}"
-            )
+            epoch = f"epoch {state.epoch or 0:.0f}"
+            self.training_bar.write(f"{epoch}  validation accuracy {accuracy:.2%}, loss {loss:.4f}")
 
 
 class ReviewTrainer(Trainer):

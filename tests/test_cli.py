@@ -1,28 +1,31 @@
 """Flags are read and checked before any work; what cannot be used ends in one line."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from accelerate import PartialState
+from conftest import ROOT, import_method
 
 import common.demo
 from common.cli import UserError, parse_config, run
 from common.model import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 FOLDER = Path(tempfile.gettempdir()) / "SOME_METHOD"
 MODEL_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
 DATASET_REVISION = "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"
 
 
-def parse(flags: str = "", folder: Path = FOLDER):
-    return parse_config(importlib.import_module("PEFT_LORA.train").Config, folder, flags.split())
+Config = import_method("PEFT_LORA").Config
+
+
+def parse(flags: str = "", config_class=Config, folder: Path = FOLDER):
+    return parse_config(config_class, folder, flags.split())
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def test_dashes_are_as_good_as_underscores():
     names = "max_length batch_size learning_rate max_train_samples model_revision output_dir".split()
     config = parse(flags.format(*names))
     assert config == parse(flags.format(*(name.replace("_", "-") for name in names)))
-    assert [getattr(config, name) for name in names] == [256, 8, 0.5, 100, "v1", "out"]
+    assert [getattr(config, name) for name in names] == [256, 8, 0.5, 100, "v1", str(Path("out").absolute())]
     assert (config.seeds, config.epochs, config.resume) == ([7, 5], 2, True)
 
 
@@ -86,6 +89,20 @@ def test_values_that_cannot_be_used(flags, expected, demo_built):
     assert str(error.value).startswith(expected)
 
 
+@dataclass
+class CopiedConfig(Config):
+    """Of a script that was copied and given a flag whose default is no positive number."""
+
+    lora_dropout: float = 0.0
+
+
+def test_a_flag_may_have_its_default_though_it_is_zero():
+    assert parse("", CopiedConfig).lora_dropout == parse("--lora_dropout 0", CopiedConfig).lora_dropout == 0.0
+    assert parse("--lora_dropout 0.1", CopiedConfig).lora_dropout == 0.1
+    with pytest.raises(UserError, match=r"--lora_dropout -0\.1: must be a finite number greater than 0"):
+        parse("--lora_dropout -0.1", CopiedConfig)
+
+
 def test_batch_is_divided_over_the_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert parse("--batch_size 12 --gradient_accumulation_steps 2").batch_size == 12
@@ -101,15 +118,6 @@ def test_wrong_types_and_unknown_flags_end_in_the_usage(flags, capsys):
     assert end.value.code == 2
     *usage, line = capsys.readouterr().err.splitlines()
     assert usage[0].startswith("usage: ") and flags.split()[0] in line
-
-
-def test_help_shows_the_method_and_every_flag(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse("--help")
-    assert end.value.code == 0
-    shown = capsys.readouterr().out
-    assert "\nRun:   python PEFT_LORA/train.py\n" in shown
-    assert all(flag in shown for flag in ("--max-length", "--max_length", "--seeds", "--demo", "--lora_r"))
 
 
 @pytest.mark.parametrize(
@@ -171,8 +179,12 @@ def test_flags_by_hand_win_over_the_demo(demo_built):
     flags = "--demo --model mine --dataset-revision v2 --max_length 32 --seeds 4 5 --batch-size 128 --output_dir out"
     config = parse(flags)
     assert (config.model, config.model_revision, config.dataset_revision) == ("mine", None, "v2")
-    assert (config.max_length, config.seeds, config.batch_size, config.output_dir) == (32, [4, 5], 128, "out")
-    assert demo_built == [Path("out/generated")] and config.dataset == "out/generated/generated-reviews"
+    assert (config.max_length, config.seeds, config.batch_size, config.output_dir) == (
+        *(32, [4, 5], 128),
+        str(Path("out").absolute()),
+    )
+    assert demo_built == [Path("out/generated").absolute()]
+    assert config.dataset == str(Path("out/generated/generated-reviews").absolute())
 
 
 def test_one_process_of_a_machine_writes_the_demo_and_the_others_read_it(demo_built, monkeypatch):
@@ -183,7 +195,7 @@ def test_one_process_of_a_machine_writes_the_demo_and_the_others_read_it(demo_bu
 
 
 def test_demo_writes_what_it_names(tmp_path):
-    config = parse("--demo", tmp_path)
+    config = parse("--demo", folder=tmp_path)
     assert load_tokenizer(config.model, config.model_revision, config.max_length)("good film")["input_ids"]
     assert sorted(path.name for path in Path(config.dataset).iterdir()) == ["test.jsonl", "train.jsonl"]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
@@ -196,9 +208,37 @@ def test_nothing_is_written_where_a_flag_is_wrong(flags, demo_built):
     assert not demo_built
 
 
-def test_a_tilde_in_output_dir_is_the_home_folder(monkeypatch, tmp_path):
+# --output_dir
+
+
+def test_one_folder_has_one_name(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert parse("--output_dir ~/results").output_dir == str(tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    for name in ("~/results", "results", "./other/../results/", f"{tmp_path}/results//"):
+        assert parse(f"--output_dir {name}").output_dir == str(tmp_path / "results")
+
+
+def test_a_seeds_folder_that_is_not_this_methods_is_refused(tmp_path):
+    flags = f"--output_dir {tmp_path} --seeds 4 0"
+    parse(flags)
+    (tmp_path / "seed_7").mkdir()
+    (tmp_path / "seed_0").mkdir()
+    (tmp_path / "seed_0" / "thesis.txt").write_text("two years of work")
+    parse(f"--output_dir {tmp_path} --seeds 4 5")  # those are other folders
+    for more in ("", " --resume", " --demo"):
+        with pytest.raises(UserError, match=f"{tmp_path}: its seed_0 is of something else, not of SOME_METHOD; name"):
+            parse(flags + more)
+    mark = tmp_path / "seed_0" / "flags.json"
+    mark.write_text('{"method": "OTHER_METHOD"}')
+    with pytest.raises(UserError, match=f"{tmp_path}: its seed_0 is of OTHER_METHOD, not of SOME_METHOD; name"):
+        parse(flags)
+    for foreign in ("", "{half", "[1, 2]", '{"other": "program"}'):
+        mark.write_text(foreign)
+        with pytest.raises(UserError, match=f"{tmp_path}: its seed_0 is of something else, not of SOME_METHOD; name"):
+            parse(flags)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["flags.json", "seed_0", "seed_7", "thesis.txt"]
+    mark.write_text('{"method": "SOME_METHOD"}')
+    parse(flags)
 
 
 # Endings
@@ -233,13 +273,22 @@ def test_run_does_not_hide_bugs(bug):
 # --model and --max_length
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere", "nobody/nothing", "no/such/folder"])
-def test_unknown_model(name):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *(
+            (name, "is no folder here, and no name that the Hub could have")
+            for name in ("./nowhere", "no/such/folder")
+        ),
+        *((name, "is in no folder here and not in the cache, and the Hub") for name in ("nowhere", "nobody/nothing")),
+    ],
+)
+def test_unknown_model(name, reason):
     with pytest.raises(UserError) as error:
         load_tokenizer(name, None, 64)
     line = str(error.value)
-    assert line.startswith(f"--model {name}: ") and "\n" not in line
-    assert "cache" in line and "local files" in line and line.endswith("--demo")
+    assert line.startswith(f"--model {name}: {reason}") and "\n" not in line
+    assert line.endswith("could have") or ("cache" in line and "local files" in line and line.endswith("--demo"))
 
 
 @pytest.mark.parametrize(
@@ -248,9 +297,9 @@ def test_unknown_model(name):
         (None, "config.json"),
         ("{nope", "not a valid JSON file"),
         ('{"model_type": "warpdrive"}', "warpdrive"),
-        ('{"model_type": "t5"}', "t5 has no classifier; needs an encoder or a decoder"),
-        ('{"model_type": "mamba"}', "mamba has no classifier; needs an encoder or a decoder"),
-        ('{"model_type": "xlnet"}', "xlnet's classifier reads the last position"),
+        ('{"model_type": "t5"}', "t5 has no classifier that reads a text's first token or its last; needs an enc"),
+        ('{"model_type": "mamba"}', "mamba has no classifier that reads"),
+        ('{"model_type": "xlnet"}', "xlnet has no classifier that reads"),
         ('{"model_type": "bert"}', "has no weights, model.safetensors or pytorch_model.bin"),
     ],
 )

@@ -6,12 +6,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -21,7 +21,6 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from common import data
 from common.cli import UserError
 from common.data import in_validation, load_reviews, stratified_rows, tokenize, training_sample
-from common.hub import prefer_cache_without_network
 from common.model import load_tokenizer
 
 FILES = ("parquet", "csv", "tsv", "jsonl")
@@ -349,11 +348,11 @@ def test_tokens_come_from_the_cache(demo, demo_reviews, tokenizer, own_cache):
     def cache_files():
         return {path: path.stat().st_ino for path in own_cache.rglob("cache-*.arrow")}
 
-    first = tokenize(demo_reviews, tokenizer, 24)
+    first = tokenize(demo_reviews, tokenizer, 34)
     assert any(first["train"]["truncated"]) and not all(first["train"]["truncated"])
     files = cache_files()
-    for again in (tokenizer, load_tokenizer(str(demo[0]), None, 24)):
-        assert tokenize(demo_reviews, again, 24)["train"][:] == first["train"][:]
+    for again in (tokenizer, load_tokenizer(str(demo[0]), None, 128)):
+        assert tokenize(demo_reviews, again, 34)["train"][:] == first["train"][:]
         assert cache_files() == files, "tokenised again"
     shorter = tokenize(demo_reviews, tokenizer, 12)
     assert len(cache_files()) == len(files) + 3
@@ -392,26 +391,6 @@ def test_hub_data_set(monkeypatch):
     assert pairs(reviews["train"], reviews["validation"]) == pairs(TRAIN)
     del splits["test"]
     assert refuse("organisation/films").endswith("has no test split; it has: train, unsupervised")
-
-
-@pytest.mark.parametrize("reachable", [True, False])
-def test_hub_is_asked_once_whether_it_is_there(monkeypatch, demo, reachable):
-    asked = []
-
-    def repo_info(self, name, **options):
-        asked.append((name, options["revision"], options["repo_type"]))
-        if not reachable:
-            raise ConnectionError
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
-    for offline in (huggingface_hub.constants, datasets.config):
-        monkeypatch.setattr(offline, "HF_HUB_OFFLINE", False)
-    load_reviews(str(demo[1]))
-    load_tokenizer(str(demo[0]), None, 64)
-    assert not asked, "local folders need no Hub"
-    prefer_cache_without_network("organisation/films", "v1", "dataset")
-    assert asked == [("organisation/films", "v1", "dataset")]
-    assert huggingface_hub.constants.HF_HUB_OFFLINE is datasets.config.HF_HUB_OFFLINE is not reachable
 
 
 @pytest.mark.parametrize("source", ["stanfordnlp/imdb", "films", "aclImdb_v1.tar.gz"])
@@ -464,8 +443,8 @@ PLAIN = "".join(json.dumps(row) + "\n" for row in TRAIN)
         ({"train.jsonl": PLAIN}, "needs one test file, test.parquet, .csv, .tsv or .jsonl; found none"),
         ({"train.txt": "a", "test.jsonl": PLAIN}, f"{ONE_OF_TWO}none"),
         ({"train.jsonl": PLAIN, "train.csv": "", "test.jsonl": PLAIN}, f"{ONE_OF_TWO}train.csv, train.jsonl"),
-        ({"train.jsonl": "", "test.jsonl": PLAIN}, "train.jsonl is empty"),
-        ({"train.jsonl": PLAIN, "test.csv": ""}, "test.csv is empty"),
+        ({"train.jsonl": "", "test.jsonl": PLAIN}, r"cannot be read \(train\.jsonl:"),
+        ({"train.jsonl": PLAIN, "test.csv": ""}, r"cannot be read \(test\.csv:"),
     ],
 )
 def test_missing_surplus_and_empty_files(tmp_path, files, pattern):
@@ -474,11 +453,13 @@ def test_missing_surplus_and_empty_files(tmp_path, files, pattern):
     assert refuse(tmp_path, pattern).startswith(f"--dataset {tmp_path}: ")
 
 
+CAUSE = r"cannot be read \({}\.%s: (?!An error occurred)"  # what that says is in the cause
+KIND = "column `label` of the {} split is not integers or text"
 BAD_SPLITS = {
     "no label column": ("jsonl", '{"text": "a", "stars": 1}\n', "the {} split has no column `label`; it has: .*stars"),
     "no text column": ("csv", "review,label\na,0\nb,1\n", "the {} split has no column `text`; it has: review, label"),
-    "header only": ("csv", "text,label\n", r"{}\.csv.* no (rows|reviews)"),
-    "blank lines": ("jsonl", "\n\n", r"{}\.jsonl.* no (rows|reviews)"),
+    "header only": ("csv", "text,label\n", CAUSE % "csv"),
+    "blank lines": ("jsonl", "\n\n", CAUSE % "jsonl"),
     "text is null": ("jsonl", PLAIN + '{"text": null, "label": 0}\n', "row 100 of the {} split has no text"),
     "text is left out": ("csv", "text,label\na,0\n,1\n", "row 1 of the {} split has no text"),
     "label is null": ("jsonl", '{"text": "a", "label": null}\n' + PLAIN, "row 0 of the {} split has no label"),
@@ -488,12 +469,20 @@ BAD_SPLITS = {
         '{"text": 1, "label": 0}\n{"text": 2, "label": 1}\n',
         "`text` of the {} .* not text",
     ),
-    "label is a fraction": ("csv", "text,label\na,0.5\nb,1.5\n", "`label` of the {} split is neither integers nor"),
-    "label is a list": ("jsonl", '{"text": "a", "label": [0]}\n', "`label` of the {} split is neither integers nor"),
-    "labels of two kinds": ("jsonl", PLAIN + '{"text": "a", "label": "pos"}\n', "`label` of the {} split is neither"),
-    "broken JSON": ("jsonl", PLAIN + '{"text": ', r"{}\.jsonl.* cannot be read"),
-    "another encoding": ("csv", "text,label\ncaf\xe9,0\nb,1\n".encode("latin-1"), r"{}\.csv.* cannot be read"),
-    "an open quote": ("csv", 'text,label\na,0\n"b,1\n', r"{}\.csv.* cannot be read"),
+    "label is a fraction": ("csv", "text,label\na,0.5\nb,1.5\n", KIND),
+    "label is a list": ("jsonl", '{"text": "a", "label": [0]}\n', KIND),
+    "labels of two kinds": (
+        "jsonl",
+        PLAIN + '{"text": "a", "label": "pos"}\n',
+        KIND,
+    ),
+    "broken JSON": ("jsonl", PLAIN + '{"text": ', CAUSE % "jsonl"),
+    "another encoding": (
+        "csv",
+        "text,label\ncaf\xe9,0\nb,1\n".encode("latin-1"),
+        CAUSE % "csv",
+    ),
+    "an open quote": ("csv", 'text,label\na,0\n"b,1\n', CAUSE % "csv"),
 }
 
 
@@ -523,7 +512,7 @@ def test_too_few_reviews(tmp_path, size, split):
     source = write_reviews(tmp_path / "reviews", train=rows)
     line = refuse(source, max_train_samples=size)
     cause = f"--max_train_samples {size}" if size else f"--dataset {source}"
-    assert line.startswith(f"{cause}: leaves the {split} split") and "at least 100" in line
+    assert re.match(f"{re.escape(cause)}: leaves (the )?{split} .*at least 100", line)
 
 
 @pytest.mark.parametrize("damage", ["no parquet", "cut", "zeroed", "no rows"])
@@ -536,7 +525,7 @@ def test_damaged_parquet(tmp_path, damage):
     else:
         zeroed = content[:100] + bytes(400) + content[500:]
         path.write_bytes({"no parquet": b"nonsense", "cut": content[:-20], "zeroed": zeroed}[damage])
-    assert refuse(source, "train.parquet").startswith(f"--dataset {source}: ")
+    assert refuse(source, r"cannot be read \(train.parquet: (?!An error occ)").startswith(f"--dataset {source}: ")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])

@@ -1,3 +1,5 @@
+"""The demo's reviews and model: always the same bytes, learnable, and not by counting words alone."""
+
 import json
 import os
 import random
@@ -11,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from common.demo import build_demo
+from common.demo import POSITIVE, build_demo
 
 
 def read_rows(data_folder: Path, split: str) -> list[dict]:
@@ -29,7 +31,7 @@ def rows(demo):
 
 def test_same_bytes_in_another_process(demo, tmp_path):
     # Another hash seed changes the order of sets of strings, another torch seed that of random weights.
-    command = "import sys, torch; from pathlib import Path; from common.demo import build_demo; "
+    command = "import sys, torch; from pathlib import Path; from common.demo import POSITIVE, build_demo; "
     command += "torch.manual_seed(99); build_demo(Path(sys.argv[1]))"
     hash_seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     subprocess.run(
@@ -71,24 +73,21 @@ def test_no_text_comes_twice(rows):
 def test_reviews_look_like_reviews(rows):
     for row in rows["train"] + rows["test"]:
         text = row["text"]
-        assert 8 <= len(text.split()) <= 40
-        assert 1 <= text.count(".") <= 4
-        assert re.fullmatch(r"[A-Z][^{}]*\.", text), text
-        assert not re.search(r"the (\w+) .*\bthe \1 (is|saves|ruins)", text, re.IGNORECASE), text
+        assert 20 <= len(text.split()) <= 40
+        assert re.fullmatch(r"[A-Z][^{}]*(\.|!<br /><br />)", text), text
+        assert not re.search(r"the (\w+) .*\bthe \1 is", text, re.IGNORECASE), text
 
 
 def test_the_word_after_but_decides(rows):
-    last_words = {"saves": 1, "good": 1, "brilliant": 1, "ruins": 0, "bad": 0, "dull": 0}
-    labels = [
-        (row["label"], last_words[word])
+    last = [
+        (row["label"], word in POSITIVE)
         for row in rows["train"] + rows["test"]
-        for word in re.findall(r", but [^.]* (\w+)(?: it)?\.", row["text"])
-        if word in last_words
+        for word in re.findall(r", but the \w+ is (\w+)\.", row["text"])
     ]
-    assert len(labels) > 50 and all(label == expected for label, expected in labels)
+    assert len(last) > 500 and all(label == positive for label, positive in last)
 
 
-@pytest.mark.parametrize("phrase", [" not .* at all", " never ", ", but ", " than the ", "<br /><br />"])
+@pytest.mark.parametrize("phrase", [" not .* at all", ", but ", " called it ", "<br /><br />"])
 @pytest.mark.parametrize("label", [0, 1])
 def test_phrase_occurs_with_both_labels(rows, phrase, label):
     assert sum(bool(re.search(phrase, row["text"])) for row in rows["test"] if row["label"] == label) >= 10

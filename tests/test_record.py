@@ -1,12 +1,17 @@
-"""Records say which code they come from."""
+"""Records say what happened and which code did it; what an earlier run left goes only where it is ours."""
 
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import import_method
 
 from common import record
-from common.files import write_json
+from common.cli import UserError
+from common.files import public_name, write_json
+from common.record import clear_seed, command_line, open_seed, run_record, spread, summarize
 
 
 @pytest.fixture
@@ -35,14 +40,136 @@ def test_commit_and_whether_the_code_differs_from_it(repository, tmp_path):
     assert record.environment() == before | {"dirty": True}
 
 
+def test_without_history_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("SOURCE_COMMIT", "abc")
+    assert (record.environment()["commit"], record.environment()["dirty"]) == ("abc", None)
+
+
 def test_a_loss_that_is_not_finite_is_null(tmp_path):
     write_json({"loss": [float("nan"), float("inf"), 0.5]}, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text()) == {"loss": [None, None, 0.5]}
     assert "NaN" not in (tmp_path / "results.json").read_text()
 
 
-def test_without_history_the_environment_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setenv("SOURCE_COMMIT", "abc")
-    assert (record.environment()["commit"], record.environment()["dirty"]) == ("abc", None)
+@pytest.mark.parametrize(
+    ("values", "summary", "text"),
+    [
+        ([0.924, 0.925, 0.926], {"mean": 0.925, "sd": 0.001}, "92.5 ± 0.1"),  # of a sample: n - 1
+        ([0.5], {"mean": 0.5, "sd": None}, "50.0"),
+    ],
+)
+def test_means_and_deviations(values, summary, text):
+    assert summarize(values) == pytest.approx(summary)
+    assert spread(summarize(values)) == text
+
+
+def test_names_and_commands_tell_nothing_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert public_name(str(tmp_path)) == public_name(".") == tmp_path.name
+    assert public_name(f"--model={tmp_path}") == f"--model={tmp_path.name}"
+    assert public_name("organisation/model") == "organisation/model" and public_name("--demo") == "--demo"
+    flags = ["--output_dir", str(tmp_path), "--epochs", "3"]
+    assert command_line("M/train.py", flags) == f"python M/train.py --output_dir {tmp_path.name} --epochs 3"
+
+
+# One seed's record
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"), [((0.9, 0.6, 0.8, 0.7), 2), ((0.5, 0.8, 0.8, 0.7), 1), ((0.5, 0.6, 0.7, 0.8), 3)]
+)
+def test_the_best_epoch_is_the_first_of_the_best_after_training(accuracies, best, tmp_path):
+    model = torch.nn.Linear(4, 2)
+    history = []
+    for epoch, accuracy in enumerate(accuracies):
+        history += [{"epoch": float(epoch), "seconds": 2.0 * (epoch > 0)}]
+        history += [{"epoch": float(epoch), "eval_validation_accuracy": accuracy, "eval_runtime": 9.0}]
+        history += [{"epoch": float(epoch), "eval_train_accuracy": accuracy}]
+    trainer = SimpleNamespace(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters()),
+        args=SimpleNamespace(seed=7, output_dir=str(tmp_path)),
+        state=SimpleNamespace(log_history=history),
+        train_dataset=range(100),
+        run_once_seconds=4.0,
+        padding_percent=lambda: 1.5,
+        is_world_process_zero=lambda: True,
+    )
+    scores = {"accuracy": 0.5, "f1": 0.25}
+    made = run_record(trainer, scores | {"precision": 0.125}, scores | {"recall": 0.125}, started=0.0)
+    assert made["best_epoch"] == best
+    assert [epoch["validation_accuracy"] for epoch in made["epochs"]] == list(accuracies)
+    assert made["untrained_test"] == scores and made["test"]["precision"] == 0.125
+    assert (made["train_seconds"], made["train_reviews_per_second"]) == (10.0, 30.0)  # evaluation is left out
+    assert made["trainable_parameters"] == made["total_parameters"] == 10
+    assert json.loads((tmp_path / "run.json").read_text()) == made
+
+
+# Seeds' folders
+
+
+@pytest.fixture
+def config(tmp_path):
+    return import_method("PEFT_LORA").Config(output_dir=str(tmp_path / "out"))
+
+
+def leave(config, method: str = "METHOD") -> None:
+    """A finished run of seed 0."""
+    folder, _ = open_seed(method, config, 0, "fingerprint")
+    clear_seed(method, config, folder, "fingerprint")
+    (folder / "model").mkdir()
+    write_json({"seed": 0}, folder / "run.json")
+
+
+def test_a_new_run_starts_from_an_empty_folder_and_resume_from_what_is_there(config):
+    leave(config)
+    folder, finished = open_seed("METHOD", config, 0, "fingerprint")
+    assert finished is None and (folder / "model").exists(), "nothing goes before all is checked"
+    config.resume = True
+    assert open_seed("METHOD", config, 0, "fingerprint") == (folder, {"seed": 0})
+    clear_seed("METHOD", config, folder, "fingerprint")
+    assert (folder / "model").exists()
+    config.resume = False
+    clear_seed("METHOD", config, folder, "fingerprint")
+    assert [path.name for path in folder.iterdir()] == ["flags.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 9}, "--epochs 5, not 9"),
+        ({"fingerprint": "other"}, "--dataset .* SHA-256 fingerprint, not .* other"),
+        ({"method": "OTHER"}, "--method METHOD, not OTHER"),
+        ({"seeds": [0, 5], "report_to": "all", "output_dir": "{}/../out/"}, None),
+    ],
+)
+def test_resume_wants_the_same_method_flags_and_reviews(config, change, message):
+    leave(config)
+    config.resume = True
+    method, fingerprint = change.get("method", "METHOD"), change.get("fingerprint", "fingerprint")
+    for name, value in change.items():
+        setattr(config, name, value.format(config.output_dir) if isinstance(value, str) else value)
+    if message is None:
+        assert open_seed(method, config, 0, fingerprint)[1] == {"seed": 0}
+    else:
+        with pytest.raises(UserError, match=f"--resume: the interrupted run had {message}"):
+            open_seed(method, config, 0, fingerprint)
+
+
+def test_peak_memory_is_measured_from_here(config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    open_seed("METHOD", config, 0, "fingerprint")
+    assert calls == ["reset"]
+
+
+def test_checkpoints_are_numbered_and_whole(tmp_path):
+    assert record.last_checkpoint(tmp_path) is None
+    for number in (9, 10, 11):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    for number in (9, 10):
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+    assert record.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")  # 11 was not written to its end

@@ -7,14 +7,23 @@ import pytest
 from conftest import METHODS, ROOT
 from PIL import Image
 
-from common import report
-from common.files import shown
 from common.plotting import digest
+from common.study import report
+from common.study.tricks import ALL
 
 README = "Before.\n<!-- results B A -->\nold\n<!-- end -->\nBetween.\n<!-- charts B A -->\n<!-- end -->\nAfter.\n"
 METHOD_README = (
     "<!-- result -->\nold\n<!-- end -->\n<!-- chart bar_chart.png -->\n<!-- end -->\n<!-- sweep -->\n<!-- end -->\n"
 )
+REFERENCES = {
+    "command": "python references",
+    "rows": [
+        {"name": "majority class", "accuracy": 0.5},
+        {"name": "TF-IDF", "accuracy": 0.888, "validation_accuracy": 0.8912, "C": 30},
+    ],
+    "test_texts_in_train": {"count": 123, "share": 0.00492},
+    "environment": {"commit": "aaaabbbbccccdddd", "dirty": False},
+}
 
 
 def record(method: str, accuracies: list[float]) -> dict:
@@ -32,7 +41,7 @@ def record(method: str, accuracies: list[float]) -> dict:
             "train_seconds": 10.0 + seed,
             "train_reviews_per_second": 1000.0 * (seed + 1),
             "peak_memory_bytes": 2_500_000_000,
-            "memory_bytes": {"weights": 5e8, "gradients": 5e8, "optimizer": 5e8, "activations": 1e9},
+            "memory_bytes": {"weights": 5e8, "gradients": 5e8, "optimizer": 5e8, "rest": 1e9},
             "checkpoint_bytes": 1_200_000,
             "padding_percent": 2.5,
         }
@@ -71,12 +80,21 @@ def record(method: str, accuracies: list[float]) -> dict:
 
 @pytest.fixture
 def project(tmp_path):
-    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "study").mkdir(parents=True)
     (tmp_path / "README.md").write_text(README)
     for method in "AB":
         (tmp_path / method).mkdir()
         (tmp_path / method / "README.md").write_text(METHOD_README)
     return tmp_path
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+
+
+def render(block, folder):
+    """What stands in the README of `folder` where it asks for `block`."""
+    return report.render(f"<!-- {block} -->\n<!-- end -->", folder)
 
 
 def test_the_published_readmes_are_what_the_records_say():
@@ -94,8 +112,8 @@ def test_the_published_charts_are_drawn_from_the_records():
     for record in records:
         for chart in ("bar_chart.png", "line_chart.png"):
             assert drawn_from(ROOT / record["method"] / chart) == digest(record)
-    references = json.loads((ROOT / "common" / "references.json").read_text())["accuracy"]
-    assert drawn_from(ROOT / "common" / "comparison.png") == digest([records, references])
+    comparison = ROOT / "common" / "study" / "comparison.png"
+    assert drawn_from(comparison) == digest([records, report.reference_lines(ROOT)])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -119,115 +137,139 @@ def test_without_records_nothing_is_claimed(project):
     for readme in project.rglob("README.md"):
         assert report.UNMEASURED in readme.read_text()
         assert "old" not in readme.read_text()
-    assert not (project / "common" / "comparison.png").exists()
+    assert not (project / "common" / "study" / "comparison.png").exists()
+    for block in ("references", "benchmark", "tricks", "whole_command", "small_gpu A", "sweep A"):
+        assert report.UNMEASURED in render(block, project)
 
 
-def test_tables_hold_the_records_figures(project):
+def test_the_table_of_results(project):
+    study = project / "common" / "study"
     for method, accuracies in {"A": [0.90, 0.92], "B": [0.91, 0.914]}.items():
-        (project / method / "results.json").write_text(json.dumps(record(method, accuracies)))
-        (project / method / "bar_chart.png").touch()
-    references = {"accuracy": {"majority class": 0.5, "TF-IDF": 0.888}}
-    (project / "common" / "references.json").write_text(json.dumps(references))
-    sweep = {
-        "command": "python sweep",
-        "results": [
-            {"--lr": "1e-3", "validation_accuracy": 0.9, "validation_loss": 0.25, "best_epoch": [2]},
-            {"--lr": "2e-3", "validation_accuracy": 0.9, "validation_loss": 0.26, "best_epoch": [2]},
-            {"--lr": "without effect", "validation_accuracy": 0.9, "validation_loss": 0.25, "best_epoch": [2]},
-        ],
-        "environment": {"commit": "fedcba9876543210"},
-    }
-    (project / "A" / "sweep_lr.json").write_text(json.dumps(sweep))
+        write(project / method / "results.json", record(method, accuracies))
+    better = record("B", [0.91, 0.914])
+    better["summary"]["test_accuracy"]["mean"] = 0.93
+    write(project / "B" / "results.json", better)
     report.main(project)
+    figures = "90.3 ± 0.2 | 41.2 ± 0.3 | 2.50 ± 0.00 | 11.0 ± 1.0 | 1,500 | 1.2 |"
+    rows = [
+        f"| [B](B/README.md) | 296,066 (2.96%) | 93.0 ± 0.1 | {figures}",
+        f"| [A](A/README.md) | 296,066 (2.96%) | 91.2 ± 0.1 | {figures}",
+    ]
     text = (project / "README.md").read_text()
-    row = "296,066 (2.96%) | 91.2 ± 0.1 | 90.3 ± 0.2 | 41.2 ± 0.3 | 2.50 ± 0.00 | 11.0 ± 1.0 | 2,000 | 1.2 |"
-    assert f"| [A](A/README.md) | {row}" in text
-    assert f"| [B](B/README.md) | {row}" in text
-    assert "| TF-IDF |  | 88.8 |" in text
-    assert "mean ± sd over 2 seeds, on one G1." in text
-    assert "![comparison of the methods](common/comparison.png)" in text
+    assert "\n".join(rows) + "\n<!-- end -->" in text, "the best one first"
+    assert "mean ± standard deviation over 2 seeds, on one G1." in text
+    assert "![comparison of the methods](common/study/comparison.png)" in text
     assert text.index("B/bar_chart.png") < text.index("A/bar_chart.png")
-    assert [text.index(word) for word in ("Before.", "Between.", "After.")] == sorted(
+    assert sorted(map(text.index, ("Before.", "Between.", "After."))) == [
         text.index(word) for word in ("Before.", "Between.", "After.")
-    )
-    assert (project / "common" / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    page = (project / "A" / "README.md").read_text()
-    assert "| seed 1 | 2 | 70.00 | 92.00 | 91.00 | 11.0 | 2,000 | 2.50 |" in page
-    assert "`python A/train.py` on G1, torch 2.13, transformers 5.23, commit 0123456789." in page
-    assert "commit 0123456789 with uncommitted files." in (project / "B" / "README.md").read_text()
-    assert "Before training: accuracy 50.0." in page
-    assert "![bar_chart.png](bar_chart.png)" in page
-    assert "| 1e-3 | 90.00 | 0.2500 |\n| 2e-3 | 90.00 | 0.2600 |\n\n" in page
-    assert "without effect" not in page
-    assert "`python sweep`, commit fedcba9876\n" in page
-    assert report.UNMEASURED not in page
+    ]
+    assert (study / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+    write(study / "full_fine_tuning.json", record("full fine-tuning", [0.93, 0.93]))
+    write(study / "references.json", REFERENCES)
+    report.main(project)
+    rows += [
+        f"| [full fine-tuning](common/study/full_fine_tuning.py) | 296,066 (2.96%) | 91.2 ± 0.1 | {figures}",
+        "| TF-IDF |  | 88.8 |  |  |  |  |  |  |",
+        "| majority class |  | 50.0 |  |  |  |  |  |  |",
+    ]
+    text = (project / "README.md").read_text()
+    assert "\n".join(rows) + "\n<!-- end -->" in text
+    assert report.reference_lines(project) == {"full fine-tuning": 0.912, "TF-IDF": 0.888, "majority class": 0.5}
+    with Image.open(study / "comparison.png") as image:
+        records = [json.loads((project / method / "results.json").read_text()) for method in "BA"]
+        assert image.text["Record"] == digest([records, report.reference_lines(project)])
     again = shutil.copytree(project, project.parent / "again")
     report.main(again)
     assert (again / "README.md").read_text() == text
 
 
+def test_the_references_and_what_known_test_texts_can_be_worth(project):
+    write(project / "common" / "study" / "references.json", REFERENCES)
+    text = render("references", project)
+    assert "`python references`, commit aaaabbbbcc.\n" in text
+    assert "| TF-IDF | 30 | 89.12 | 88.80 |\n" in text
+    assert "majority" not in text
+    # 0.492% of the reviews, of which 11.2% would else be wrong
+    assert "123 test texts (0.49%)" in text and "88.8% test accuracy" in text and "at most 0.06 points" in text
+
+
+def test_a_methods_page(project):
+    write(project / "A" / "results.json", record("A", [0.90, 0.92]))
+    write(project / "B" / "results.json", record("B", [0.90, 0.92]))
+    (project / "A" / "bar_chart.png").touch()
+    sweep = {
+        "command": "python sweep",
+        "results": [
+            {"--lr": "1e-3", "validation_accuracy": 0.9, "validation_loss": 0.25, "best_epoch": [2]},
+            {"--lr": "2e-3", "validation_accuracy": 0.9, "validation_loss": None, "best_epoch": [2]},
+            {"--lr": "without effect", "validation_accuracy": 0.9, "validation_loss": 0.25, "best_epoch": [2]},
+        ],
+        "environment": {"commit": "fedcba9876543210"},
+    }
+    write(project / "common" / "study" / "A_sweep_lr.json", sweep)
+    write(project / "common" / "study" / "B_variants.json", sweep | {"command": "of B"})
+    report.main(project)
+    page = (project / "A" / "README.md").read_text()
+    assert "| seed 1 | 2 | 70.00 | 92.00 | 91.00 | 11.0 | 2,000 | 2.50 |" in page
+    assert "| **mean ± sd** |  |  | 91.20 ± 0.10 | 90.30 ± 0.20 | 11.0 ± 1.0 |  | 2.50 ± 0.00 |" in page
+    assert "`python A/train.py`, commit 0123456789. On G1, with torch 2.13 and transformers 5.23." in page
+    assert "commit 0123456789 with uncommitted changes." in (project / "B" / "README.md").read_text()
+    assert "before training the test accuracy is 50.0." in page
+    assert "![bar_chart.png](bar_chart.png)" in page
+    assert "| lr | validation accuracy | validation loss |\n" in page
+    assert "| 1e-3 | 90.00 | 0.2500 |\n| 2e-3 | 90.00 | not finite |\n\n" in page
+    assert "without effect" not in page and "of B" not in page
+    assert "`python sweep`, commit fedcba9876.\n" in page
+    assert report.UNMEASURED not in page
+    assert "`python sweep`" in render("sweep A", project), "on another page than its own"
+
+
 def test_small_steps_are_compared_with_the_same_seed(project):
     published, small = record("A", [0.90, 0.92]), record("A", [0.93])
     small["runs"][0] |= {"seed": 1, "peak_memory_bytes": 1.5e9}
-    (project / "A" / "results.json").write_text(json.dumps(published))
-    (project / "A" / "small_gpu.json").write_text(json.dumps(small))
-    text = report.render("<!-- small_gpu A 2.5 -->\n<!-- end -->", project)
-    assert "1.50 GB of peak memory (limit: 2.5), test accuracy 93.00;" in text
-    assert "2.50 GB and 92.00." in text
+    write(project / "A" / "results.json", published)
+    write(project / "common" / "study" / "A_small_gpu.json", small)
+    text = render("small_gpu A", project)
+    assert "takes 1.50 GB and reaches a test accuracy of 93.00%." in text
+    assert "takes 2.50 GB and reaches 92.00%." in text
 
 
-def test_the_benchmark_table(project):
-    (project / "tests").mkdir()
-    side = {"reviews_per_second": [10.0, 12.0, 11.0], "peak_memory_bytes": [1e9, 1e9, 1.2e9]}
-    methods = {
-        "A": {"usual": side, "ours": side, "ratio": {"median": 4.2, "min": 4.0, "max": 4.5}, "share_of_floor": 0.31}
-    }
-    content = {"environment": {"gpu": "G1", "cpu": "c"}, "command": "python b", "methods": methods}
+def test_the_benchmark_and_the_whole_command(project):
+    def side(*speeds):
+        return {"reviews_per_second": speeds, "peak_memory_bytes": [1e9, 1e9, 1.2e9]}
+
+    sides = {"usual": side(1000.0, 1200.0, 1100.0), "careful": side(5e3, 5e3, 5e3), "ours": side(6e3, 6e3, 7e3)}
+    ratios = {"usual": {"median": 5.5, "min": 5.0, "max": 6.4}, "careful": {"median": 1.2, "min": 1.2, "max": 1.4}}
+    content = {"environment": {"gpu": "G1", "cpu": "c", "commit": None}, "command": "python b"}
+    content |= {"methods": {"A": {**sides, "ratios": ratios}}}
     content["whole_command"] = {"seconds": 44.4, "run_seconds": 30.0, "train_seconds": 22.5}
-    (project / "tests" / "benchmark_g1.json").write_text(json.dumps(content))
-    text = report.render("<!-- benchmark -->\n<!-- end -->", project)
-    assert "G1: `python b`" in text
-    assert "| A | 11.0 | 11.0 | 4.2 (4.0 to 4.5) | 1.00 | 1.00 | 31% |" in text
-    text = report.render("<!-- whole_command 45 20 -->\n<!-- end -->", project)
-    assert "took 44.4 seconds (limit 45: kept): training 22.5, the rest of `train` (model, evaluation, sav" in text
+    write(project / "common" / "study" / "benchmark_g1.json", content)
+    text = render("benchmark", project)
+    assert "On G1: `python b`, commit unknown." in text
+    row = "| A | 1,100 | 5,000 | 6,000 | 5.5 (5.0 to 6.4) | 1.2 (1.2 to 1.4) | 1.00 / 1.00 / 1.00 |"
+    assert row in text
+    text = render("whole_command", project)
     assert (
-        "saving) 7.5, and imports, data and charts 14.4. The limit" in text and "20, is missed by at most 1.9:" in text
+        "takes 44.4 seconds: 22.5 of training, 7.5 to load the model, evaluate and save, and 14.4 for imports" in text
     )
-    assert "44 seconds" not in text and "limit 44: missed by 0.4" in report.render(
-        "<!-- whole_command 44 22 -->\n<!-- end -->", project
-    )
+
+
+def test_the_table_of_tricks(project):
+    found = {
+        ALL: {"reviews_per_second": [6000, 6000], "peak_memory_bytes": [4e9, 4e9]},
+        "a trick": {"reviews_per_second": [5000, 4000], "peak_memory_bytes": [5e9, 5e9]},
+    }
+    content = {"environment": {"gpu": "G1", "commit": "0" * 40}, "command": "python t", "methods": {"A": found}}
+    write(project / "common" / "study" / "tricks.json", content)
+    text = render("tricks", project)
+    assert "On G1: `python t`, commit 0000000000." in text
+    assert "| A: nothing | 6,000 |  | 4.00 |\n| A: a trick | 4,500 | 1.35 (1.20 to 1.50) | 5.00 |\n" in text
 
 
 def test_a_copy_of_the_code_without_a_history_is_of_an_unknown_commit(project):
     published = record("A", [0.9, 0.92])
     published["environment"]["commit"] = None
-    (project / "A" / "results.json").write_text(json.dumps(published))
+    write(project / "A" / "results.json", published)
     report.main(project)
     assert "commit unknown." in (project / "A" / "README.md").read_text()
-
-
-def test_paths_are_not_published(tmp_path):
-    assert shown(str(tmp_path)) == tmp_path.name
-    assert shown(f"--dataset={tmp_path}") == f"--dataset={tmp_path.name}"
-    for word in ("stanfordnlp/imdb", "--demo", "5e-4", "--learning_rate=5e-4", ""):
-        assert shown(word) == word
-
-
-def test_what_was_aimed_at_and_missed_is_said(project):
-    for method in ("A", "B"):
-        (project / method / "results.json").write_text(json.dumps(record(method, [0.91, 0.914])))
-
-    def rendered(words):
-        return report.render(f"<!-- aims {words} -->\n<!-- end -->", project)
-
-    assert "test reviews: A 91.5, B 91.0. Missed: A by 0.30." in rendered("accuracy A=91.5 B=91")
-    assert "per second: A 2,000. Reached." in rendered("speed A=2000")
-    assert "per second: A 2,001. Missed: A by 1.0." in rendered("speed A=2001")
-    # 900 reviews in what 11 seconds leave after three epochs of one second
-    assert "frozen blocks: A 112. Reached." in rendered("pass A=112")
-    assert "frozen blocks: A 113. Missed: A by 0.5." in rendered("pass A=113")
-    assert "Limits, in GB of peak memory: A 2.6, B 2.5. Kept." in rendered("memory A=2.6 B=2.5")
-    assert "second seed on: A 1.0. Kept." in rendered("epoch A=1")
-    assert "second seed on: A 0.5. Exceeded: A by 0.50." in rendered("epoch A=0.5")
-    assert "of the tokens: A 2.0, B 3.0. Exceeded: A by 0.50." in rendered("padding A=2 B=3")
-    assert report.UNMEASURED in rendered("speed A=1 C=1")

@@ -32,7 +32,7 @@ def comparison_figure(records: list[dict], references: dict[str, float]) -> Figu
     figure = page(title, (10.4, 2.6 + 0.6 * len(records)), any(record["config"]["demo"] for record in records))
     panels = accuracy, parameters, memory, minutes = figure.subplots(1, 4, sharey=True, width_ratios=(3.2, 1.8, 2, 2))
     scores = [[run["test"]["accuracy"] for run in record["runs"]] for record in records]
-    low, high = limits([*references.values(), *sum(scores, [])])
+    low, high = limits([*references.values(), *(score for row in scores for score in row)])
     titles = f"Test accuracy (axis from {low:.0%})", "Trainable parameters", "Peak memory (GB)", "Training (minutes)"
     for axes, name in zip(panels, titles, strict=True):
         style(axes, grid="x")
@@ -69,7 +69,7 @@ def comparison_figure(records: list[dict], references: dict[str, float]) -> Figu
     accuracy.xaxis.set(major_locator=MaxNLocator(8, steps=[1, 2, 5, 10]), major_formatter=PercentFormatter(1, 0))
     parameters.set(xscale="log", xmargin=0.35)
     memory.set_xmargin(0.25)
-    minutes.set_xmargin(0.65)
+    minutes.set_xmargin(0.8)
     seeds, device = len(first["runs"]), first["environment"]["gpu"] or "a CPU"
     sizes = f"{first['dataset']['train']:,} training and {first['dataset']['test']:,} test reviews"
     caption = f"Means and sd over {seeds} seeds, on {device}; {sizes}"

@@ -1,170 +1,144 @@
-"""What the methods are compared with: the majority class, TF-IDF with logistic regression, full fine-tuning.
+"""Test accuracy of what costs less than fine-tuning: majority class, TF-IDF, and linear probes on the frozen backbone.
 
-    python -m common.references [--dataset ...] [--model ...] [--skip_full_fine_tuning]
+    python -m common.study.references
+    python -m common.study.references --model ~/minilm --dataset ~/imdb
 
-writes common/references.json: test accuracies on the same split, at the same length, with the same tokens.
+It takes the flags of the scripts and the same split. The strength of regularisation is chosen on validation. The test
+texts that are in the training reviews too are counted as well. A full run writes common/study/references.json; one
+with --demo, --max_*_samples or --output_dir writes to its --output_dir. The probes take half an hour without a GPU.
 """
 
-import statistics
-import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from torch import nn
-from transformers import AutoModelForSequenceClassification, TrainingArguments, set_seed
-from transformers.hf_argparser import HfArg
+from sklearn.dummy import DummyClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import logging
 
 from common.cli import parse_config, run
-from common.data import load_reviews, tokenize, training_sample
-from common.files import shown, write_json
-from common.metrics import score, validation_scores
-from common.model import label_config, load_tokenizer, mixed_precision
-from common.record import environment
-from common.trainer import ReviewTrainer
+from common.data import clean, load_reviews, tokenize
+from common.files import write_json
+from common.model import compute_dtype, load_tokenizer
+from common.record import command_line, environment
+from common.study.scripts import HERE, record_path, script
+from common.trainer import ReviewTensors, longest_first
+
+FOLDER = HERE / "runs" / "references"
 
 
 @dataclass
-class Config:
-    """The command line; the same values as in the four scripts."""
-
-    model: str = HfArg(default="sentence-transformers/all-MiniLM-L6-v2", help="Backbone: a Hub id or a folder.")
-    model_revision: str | None = HfArg(default="1110a243fdf4706b3f48f1d95db1a4f5529b4d41", help="Of the backbone.")
-    dataset: str = HfArg(default="stanfordnlp/imdb", help="Reviews, as the scripts take them.")
-    dataset_revision: str | None = HfArg(default="e6281661ce1c48d982bc483cf8a173c1bbeb5d31", help="Of the data set.")
-    max_length: int = HfArg(default=512, help="Tokens per review.")
-    epochs: int = HfArg(default=5, help="Passes over the training reviews; validation chooses the best of them.")
-    batch_size: int = HfArg(default=128, help="Reviews per update of the weights.")
-    gradient_accumulation_steps: int | None = HfArg(default=None, help="Steps that share one update.")
-    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Of full fine-tuning, one run for each.")
-    learning_rate: float = HfArg(default=1e-4, help="Of full fine-tuning.")
-    output_dir: str | None = HfArg(default=None, help="Where --demo puts what it generates.")
-    demo: bool = HfArg(default=False, help="Generated reviews and a tiny model; prints, writes nothing.")
-    skip_full_fine_tuning: bool = HfArg(default=False, help="It wants a GPU.")
+class Config(script("LAST_LAYER").Config):
+    """The command line: that of the scripts."""
 
 
-def majority_class(data: DatasetDict) -> float:
-    """Test accuracy of always answering the training reviews' most frequent class."""
-    most_frequent = np.bincount(data["train"]["labels"]).argmax()
-    return float(np.mean(np.array(data["test"]["labels"]) == most_frequent))
+def majority_class(labels: dict[str, list[int]]) -> dict:
+    """Always the training reviews' most frequent class. labels: by split."""
+    classifier = DummyClassifier().fit(np.zeros((len(labels["train"]), 1)), labels["train"])
+    test = labels["test"]
+    return {"accuracy": classifier.score(np.zeros((len(test), 1)), test)}
 
 
-def tfidf_logistic_regression(data: DatasetDict, vocabulary: int) -> float:
-    """Test accuracy of logistic regression on TF-IDF of the backbone's own tokens, L2 chosen on validation.
+def logistic_regression(features: dict, labels: dict[str, list[int]], strengths: tuple, *steps) -> dict:
+    """Fit with each C of `strengths`, after `steps` such as a scaler; the best on validation is tested.
 
-    Terms count as 1 + log(count), times log(reviews / reviews with the term), rows of length 1.
+    features: a matrix of (reviews, features) by split. A small C is strong regularisation.
     """
-
-    def counts(reviews: Dataset) -> torch.Tensor:
-        rows = np.repeat(np.arange(len(reviews)), [len(ids) for ids in reviews["input_ids"]])
-        pairs = torch.tensor(np.stack([rows, np.concatenate(reviews["input_ids"][:])]))
-        return torch.sparse_coo_tensor(pairs, torch.ones(len(rows)), (len(reviews), vocabulary)).coalesce()
-
-    reviews_with = torch.bincount(counts(data["train"]).indices()[1], minlength=vocabulary)
-    idf = torch.log(len(data["train"]) / reviews_with.clamp(min=1))
-
-    def features(reviews: Dataset) -> torch.Tensor:
-        terms = counts(reviews)
-        values = (1 + terms.values().log()) * idf[terms.indices()[1]]
-        norms = torch.zeros(len(reviews)).index_add_(0, terms.indices()[0], values**2).sqrt()
-        values = values / norms[terms.indices()[0]].clamp(min=1e-12)
-        return torch.sparse_coo_tensor(terms.indices(), values, terms.shape).coalesce().to_sparse_csr()
-
-    inputs = {split: features(reviews) for split, reviews in data.items()}
-    labels = {split: torch.tensor(reviews["labels"][:]) for split, reviews in data.items()}
-    classes = len(labels["train"].unique())
-    fits = []
-    for penalty in (1e-6, 3e-6, 1e-5, 3e-5, 1e-4):
-        weights = torch.zeros(vocabulary, classes, requires_grad=True)
-        bias = torch.zeros(classes, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, line_search_fn="strong_wolfe")
-
-        def loss(weights=weights, bias=bias, optimizer=optimizer, penalty=penalty):
-            optimizer.zero_grad()
-            logits = inputs["train"] @ weights + bias
-            value = nn.functional.cross_entropy(logits, labels["train"]) + penalty * weights.square().sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-        fits.append((weights.detach(), bias.detach()))
-
-    def accuracy(split: str, fit: tuple[torch.Tensor, torch.Tensor]) -> float:
-        return ((inputs[split] @ fit[0] + fit[1]).argmax(1) == labels[split]).float().mean().item()
-
-    return accuracy("test", max(fits, key=lambda fit: accuracy("validation", fit)))
+    models = [
+        make_pipeline(*steps, LogisticRegression(C=strength, max_iter=1000)).fit(features["train"], labels["train"])
+        for strength in strengths
+    ]
+    scores = [model.score(features["validation"], labels["validation"]) for model in models]
+    best = int(np.argmax(scores))
+    accuracy = models[best].score(features["test"], labels["test"])
+    return {"accuracy": accuracy, "validation_accuracy": scores[best], "C": strengths[best]}
 
 
-def full_fine_tuning(config: Config, seed: int, tokenizer, data: DatasetDict, classes: list[str]) -> float:
-    """Test accuracy with every weight trained, at the epoch that validation chooses."""
-    set_seed(seed, deterministic=True)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        config.model, revision=config.model_revision, dtype=torch.float32, **label_config(classes, tokenizer)
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder,
-            seed=seed,
-            num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch_size // config.gradient_accumulation_steps,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            learning_rate=config.learning_rate,
-            warmup_steps=0.1,
-            weight_decay=0.01,
-            bf16=mixed_precision() == "bf16",
-            fp16=mixed_precision() == "fp16",
-            eval_on_start=True,
-            eval_strategy="epoch",
-            per_device_eval_batch_size=2 * config.batch_size // config.gradient_accumulation_steps,
-            save_strategy="epoch",
-            save_total_limit=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="validation_accuracy",
-            logging_strategy="epoch",
-            logging_nan_inf_filter=False,
-            report_to="none",
+def tfidf(reviews: DatasetDict, labels: dict[str, list[int]]) -> dict:
+    """Logistic regression on words and pairs of words of the whole reviews, each weighed by TF-IDF."""
+    texts = {split: list(map(clean, rows["text"][:])) for split, rows in reviews.items()}
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True).fit(texts["train"])
+    features = {split: vectorizer.transform(part) for split, part in texts.items()}
+    return logistic_regression(features, labels, (1, 3, 10, 30, 100))
+
+
+@torch.no_grad()
+def backbone_features(model: PreTrainedModel, reviews: Dataset, pad_token_id: int, batch_size: int) -> dict:
+    """Of each review's last hidden states the first token's, "cls", and the "mean" of all, both (reviews, size).
+
+    reviews: columns `input_ids` and `labels`.
+    """
+    tensors, found = ReviewTensors(reviews, pad_token_id, model.device), {"cls": [], "mean": []}
+    rows = list(longest_first(tensors.lengths, batch_size))
+    for part in logging.tqdm(rows, desc="Through the backbone"):
+        batch = tensors.__getitems__(part)
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask", torch.ones_like(ids))
+        with torch.autocast(model.device.type, compute_dtype(), enabled=model.device.type == "cuda"):
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (rows, width, size)
+        weights = mask.unsqueeze(2)
+        found["cls"].append(hidden[:, 0].cpu())
+        found["mean"].append(((hidden * weights).sum(1) / weights.sum(1)).cpu())
+    order = np.argsort(np.concatenate(rows))
+    return {name: torch.cat(parts).numpy()[order] for name, parts in found.items()}
+
+
+def linear_probes(config: Config, tokenizer, data: DatasetDict, labels: dict[str, list[int]]) -> dict[str, dict]:
+    """Logistic regression on each of `backbone_features`. data: tokenised reviews by split."""
+    model = AutoModel.from_pretrained(config.model, revision=config.model_revision, dtype=compute_dtype()).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    size = 2 * config.batch_size // config.gradient_accumulation_steps
+    splits = {split: backbone_features(model, rows, tokenizer.pad_token_id, size) for split, rows in data.items()}
+    return {
+        name: logistic_regression(
+            {split: features[name] for split, features in splits.items()},
+            labels,
+            (0.001, 0.01, 0.1, 1),
+            StandardScaler(),
         )
-        trainer = ReviewTrainer(
-            model=model,
-            args=args,
-            train_dataset=data["train"],
-            eval_dataset={"train": training_sample(data), "validation": data["validation"]},
-            processing_class=tokenizer,
-            compute_metrics=validation_scores,
-        )
-        trainer.train()
-        return score(trainer.predict(data["test"]))["accuracy"]
+        for name in ("cls", "mean")
+    }
+
+
+def test_texts_in_train(reviews: DatasetDict) -> dict:
+    """How many test texts are training or validation texts too, and their share."""
+    known = {*reviews["train"]["text"][:], *reviews["validation"]["text"][:]}
+    count = sum(text in known for text in reviews["test"]["text"][:])
+    return {"count": count, "share": count / len(reviews["test"])}
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Measure the references, write and return them."""
-    config = parse_config(Config, Path(tempfile.gettempdir()) / "references", argv)
+    """Measure the references and write the record; returns it."""
+    config = parse_config(Config, FOLDER, argv)
     tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
-    with PartialState().local_main_process_first():
-        reviews, fingerprint = load_reviews(config.dataset, config.dataset_revision)
-        data = tokenize(reviews, tokenizer, config.max_length)
-    classes = reviews["train"].features["label"].names
-    accuracy = {
-        "majority class": majority_class(data),
-        "TF-IDF + logistic regression": tfidf_logistic_regression(data, len(tokenizer)),
-    }
-    if not config.skip_full_fine_tuning:
-        runs = [full_fine_tuning(config, seed, tokenizer, data, classes) for seed in config.seeds]
-        accuracy["full fine-tuning"] = statistics.mean(runs)
+    reviews, fingerprint = load_reviews(
+        config.dataset, config.dataset_revision, config.max_train_samples, config.max_test_samples
+    )
+    data = tokenize(reviews, tokenizer, config.max_length)
+    labels = {split: rows["label"][:] for split, rows in reviews.items()}
+    probes = linear_probes(config, tokenizer, data, labels)
     record = {
-        "command": " ".join(["python -m common.references", *map(shown, sys.argv[1:] if argv is None else argv)]),
+        "command": command_line("-m common.study.references", argv),
         "dataset_sha256": fingerprint,
         "max_length": config.max_length,
-        "accuracy": accuracy,
+        "rows": [
+            {"name": "majority class", **majority_class(labels)},
+            {"name": "linear probe on [CLS]", **probes["cls"]},
+            {"name": "linear probe on the mean", **probes["mean"]},
+            {"name": "TF-IDF + logistic regression", **tfidf(reviews, labels)},
+        ],
+        "test_texts_in_train": test_texts_in_train(reviews),
         "environment": environment(),
     }
-    print(accuracy)
-    if not config.demo:
-        write_json(record, Path(__file__).with_name("references.json"))
+    for row in record["rows"]:
+        print(f"{row['name']:<30}{100 * row['accuracy']:.2f}", row.get("C", ""))
+    print(record["test_texts_in_train"])
+    write_json(record, record_path("references", config, FOLDER))
     return record
 
 

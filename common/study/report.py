@@ -1,7 +1,9 @@
-"""`python -m common.report` writes the figures into the READMEs, from the records alone.
+"""Writes every figure in the READMEs from the records: measures nothing itself.
+
+    python -m common.study.report
 
 A README names what it wants between two comments, `<!-- results A B -->` and `<!-- end -->`: here the comparison of
-the folders A and B. Whatever stands between them is replaced. The root's README also gets common/comparison.png.
+the folders A and B. What stands between them is replaced. common/study/comparison.png is drawn as well.
 """
 
 import json
@@ -10,107 +12,89 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from common.plotting import draw_comparison
-from common.record import spread
+from common.record import ROOT, spread
+from common.study.comparison import draw_comparison
+from common.study.tricks import ALL, worth
 
-ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(?P<start><!-- (?P<name>\w+)(?P<folders>[^>]*) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
-UNMEASURED = "_Not measured yet: no run on the full data has been recorded._\n"
+BLOCK = re.compile(r"(?P<start><!-- (?P<name>\w+)(?P<words>[^>]*) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+UNMEASURED = "_Not measured yet._\n"
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
-    header = list(header)
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+def table(header: str, rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; the first column is text, the others are figures. header: its titles, with commas between."""
+    titles = header.split(",")
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def read(path: Path) -> dict | None:
+    """The record in `path`, if there is one."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def warm_speed(record: dict) -> float:
-    """Training reviews per second from the second seed on; the first pays for loading kernels."""
-    runs = record["runs"][1:] or record["runs"]
-    return statistics.mean(run["train_reviews_per_second"] for run in runs)
-
-
 def results(root: Path, folders: list[str]) -> str:
-    """The methods side by side, best test accuracy first, then what they are compared with."""
+    """The methods side by side, best test accuracy first; then full fine-tuning, and what costs less."""
     records = [record for folder in folders if (record := read(root / folder / "results.json"))]
-    references = read(root / "common" / "references.json")
+    if len(records) < len(folders):
+        return UNMEASURED
+    records.sort(key=lambda record: -record["summary"]["test_accuracy"]["mean"])
+    pages = [f"[{record['method']}]({record['method']}/README.md)" for record in records]
+    study = root / "common" / "study"
+    if full := read(study / "full_fine_tuning.json"):
+        records.append(full)
+        pages.append(f"[{full['method']}](common/study/full_fine_tuning.py)")
     rows = [
         [
-            f"[{record['method']}]({record['method']}/README.md)",
+            page,
             f"{record['model']['trainable_parameters']:,} ({record['model']['trainable_percent']:.2f}%)",
-            spread(record["summary"]["test_accuracy"]),
-            spread(record["summary"]["test_f1"]),
-            spread(record["summary"]["accuracy_gain"]),
+            *(spread(record["summary"][name]) for name in ("test_accuracy", "test_f1", "accuracy_gain")),
             spread(record["summary"]["peak_memory_bytes"], 1e9, 2),
             spread(record["summary"]["train_seconds"], 1, 1),
-            f"{warm_speed(record):,.0f}",
+            f"{statistics.mean(run['train_reviews_per_second'] for run in record['runs']):,.0f}",
             f"{record['runs'][0]['checkpoint_bytes'] / 1e6:.1f}",
         ]
-        for record in sorted(records, key=lambda record: -record["summary"]["test_accuracy"]["mean"])
+        for page, record in zip(pages, records, strict=True)
     ]
-    if references:
-        rows += [[name, "", f"{100 * value:.1f}", *[""] * 6] for name, value in references["accuracy"].items()]
+    rows += [[row["name"], "", f"{100 * row['accuracy']:.1f}", *[""] * 6] for row in reference_rows(root)]
     header = "method,trainable parameters,test accuracy,F1,gain,peak memory (GB),training (s),reviews/s,saved (MB)"
-    note = "" if len(records) == len(folders) else UNMEASURED + "\n"
-    if records:
-        seeds, gpu = len(records[0]["runs"]), records[0]["environment"]["gpu"] or "a CPU"
-        note += (
-            f"Percent where nothing else is said, mean ± sd over {seeds} seeds, on one {gpu}. The first seed's time "
-            "includes what the libraries prepare once; reviews/s, in all epochs, are of the later seeds.\n\n"
-        )
-    if records and len(records) == len(folders):
-        note = "![comparison of the methods](common/comparison.png)\n\n" + note
-    return note + (table(header.split(","), rows) if rows else "")
+    seeds, device = len(records[0]["runs"]), records[0]["environment"]["gpu"] or "CPU"
+    return (
+        "![comparison of the methods](common/study/comparison.png)\n\n"
+        f"Accuracy, F1 and gain in percent; mean ± standard deviation over {seeds} seeds, on one {device}. Gain is "
+        f"the accuracy after training less the accuracy before.\n\n{table(header, rows)}"
+    )
 
 
-def one_pass_speed(record: dict) -> float:
-    """Training reviews per second on their one way through frozen blocks, from the second seed on."""
-    runs = record["runs"][1:] or record["runs"]
-    seconds = statistics.mean(run["train_seconds"] - sum(epoch["seconds"] for epoch in run["epochs"]) for run in runs)
-    return record["dataset"]["train"] / seconds
+def reference_rows(root: Path) -> list[dict]:
+    """What `python -m common.study.references` measured, best first."""
+    rows = (read(root / "common" / "study" / "references.json") or {}).get("rows", [])
+    return sorted(rows, key=lambda row: -row["accuracy"])
 
 
-def slowest_epoch(record: dict) -> float:
-    """Seconds, from the second seed on."""
-    return max(epoch["seconds"] for run in record["runs"][1:] or record["runs"] for epoch in run["epochs"])
+def reference_lines(root: Path) -> dict[str, float]:
+    """The test accuracies that the comparison chart draws as lines, by name."""
+    full = read(root / "common" / "study" / "full_fine_tuning.json")
+    lines = {full["method"]: full["summary"]["test_accuracy"]["mean"]} if full else {}
+    return lines | {row["name"]: row["accuracy"] for row in reference_rows(root)}
 
 
-MEASURES: dict[str, tuple[str, int, Callable[[dict], float]]] = {
-    "accuracy": ("percent of the test reviews", 1, lambda record: 100 * record["summary"]["test_accuracy"]["mean"]),
-    "speed": ("training reviews per second", 0, warm_speed),
-    "pass": ("reviews per second through the frozen blocks", 0, one_pass_speed),
-    "epoch": ("seconds of the slowest epoch from the second seed on", 1, slowest_epoch),
-    "memory": ("GB of peak memory", 1, lambda record: record["summary"]["peak_memory_bytes"]["mean"] / 1e9),
-    "padding": ("percent of the tokens", 1, lambda record: max(run["padding_percent"] for run in record["runs"])),
-}
-AT_MOST = ("epoch", "memory", "padding")
-
-
-def aims(root: Path, words: list[str]) -> str:
-    """What was aimed at, and by how much a published figure misses it. words: a measure, then FOLDER=figure, ...
-
-    Of the measures in AT_MOST less is better.
-    """
-    unit, digits, measure = MEASURES[words[0]]
-    pairs = [
-        (folder, float(figure), read(root / folder / "results.json"))
-        for folder, figure in (word.split("=") for word in words[1:])
+def references(root: Path, _: list[str]) -> str:
+    """What was chosen on validation for each reference, and what test texts in the training reviews can be worth."""
+    rows = [
+        [row["name"], row["C"], f"{100 * row['validation_accuracy']:.2f}", f"{100 * row['accuracy']:.2f}"]
+        for row in reference_rows(root)
+        if "C" in row
     ]
-    if not all(record for _, _, record in pairs):
+    if not rows:
         return UNMEASURED
-    text = ", ".join(f"{folder} {figure:,.{digits}f}" for folder, figure, _ in pairs)
-    short = [
-        (folder, measure(record) - figure if words[0] in AT_MOST else figure - measure(record))
-        for folder, figure, record in pairs
-    ]
-    missed = [f"{folder} by {amount:,.{digits + 1}f}" for folder, amount in short if amount > 0]
-    start, no, yes = ("Limits", "Exceeded", "Kept") if words[0] in AT_MOST else ("Aimed at", "Missed", "Reached")
-    return f"{start}, in {unit}: {text}. {f'{no}: ' + ', '.join(missed) if missed else yes}.\n"
+    record = read(root / "common" / "study" / "references.json")
+    twice, best = record["test_texts_in_train"], max(reference_lines(root).values())
+    return (
+        f"{source(record)}\n\n{table('reference,C,validation accuracy,test accuracy', rows)}\n"
+        f"{twice['count']:,} test texts ({100 * twice['share']:.2f}%) are among the training reviews too. If a model "
+        f"of {100 * best:.1f}% test accuracy is right on all of them for that reason, it gains at most "
+        f"{100 * twice['share'] * (1 - best):.2f} points.\n"
+    )
 
 
 def charts(root: Path, folders: list[str]) -> str:
@@ -120,7 +104,7 @@ def charts(root: Path, folders: list[str]) -> str:
         for folder in folders
         if (root / folder / "results.json").exists()
     ]
-    return table(["before and after", "across epochs"], rows).replace("---:", "---") if rows else UNMEASURED
+    return table("before and after,across epochs", rows).replace("---:", "---") if rows else UNMEASURED
 
 
 def result(folder: Path, _: list[str]) -> str:
@@ -142,21 +126,17 @@ def result(folder: Path, _: list[str]) -> str:
         for run in record["runs"]
     ]
     summary = record["summary"]
-    rows.append(
-        [
-            "**mean ± sd**", "", "", spread(summary["test_accuracy"], 0.01, 2), spread(summary["test_f1"], 0.01, 2),
-            spread(summary["train_seconds"], 1, 1), "", spread(summary["peak_memory_bytes"], 1e9, 2),
-        ]
-    )  # fmt: skip
+    accuracy, f1 = (spread(summary[name], decimals=2) for name in ("test_accuracy", "test_f1"))
+    seconds, memory = spread(summary["train_seconds"], 1, 1), spread(summary["peak_memory_bytes"], 1e9, 2)
+    rows.append(["**mean ± sd**", "", "", accuracy, f1, seconds, "", memory])
     header = "run,chosen epoch,validation accuracy,test accuracy,test F1,training (s),reviews/s,peak memory (GB)"
     sizes, environment = record["dataset"], record["environment"]
-    files = " with uncommitted files" if environment["dirty"] else ""
     untrained = statistics.mean(run["untrained_test"]["accuracy"] for run in record["runs"])
     return (
-        f"`{record['command']}` on {environment['gpu'] or environment['cpu']}, torch {environment['torch']}, "
-        f"transformers {environment['transformers']}, commit {short_commit(environment)}{files}. "
-        f"{sizes['train']:,} training, {sizes['validation']:,} validation and {sizes['test']:,} test reviews. "
-        f"Before training: accuracy {100 * untrained:.1f}.\n\n{table(header.split(','), rows)}"
+        f"{source(record)} On {environment['gpu'] or environment['cpu']}, with torch {environment['torch']} and "
+        f"transformers {environment['transformers']}. {sizes['train']:,} training, {sizes['validation']:,} validation "
+        f"and {sizes['test']:,} test reviews. Accuracy and F1 in percent; before training the test accuracy is "
+        f"{100 * untrained:.1f}.\n\n{table(header, rows)}"
     )
 
 
@@ -165,15 +145,18 @@ def chart(folder: Path, names: list[str]) -> str:
     return "".join(f"![{name}]({name})\n" for name in names if (folder / name).exists()) or UNMEASURED
 
 
-def short_commit(environment: dict) -> str:
-    """The commit's first ten digits; a copy of the code without a history has none."""
-    return (environment["commit"] or "unknown")[:10]
+def source(record: dict) -> str:
+    """The command that left `record`, and the commit it ran at; a copy of the code without a history has none."""
+    environment = record["environment"]
+    commit = (environment["commit"] or "unknown")[:10]
+    return f"`{record['command']}`, commit {commit}{' with uncommitted changes' * bool(environment.get('dirty'))}."
 
 
-def sweep(folder: Path, _: list[str]) -> str:
-    """What validation said of the hyperparameters and of the choices written into the script."""
-    text = ""
-    for file in (*sorted(folder.glob("sweep_*.json")), *folder.glob("variants.json")):
+def sweep(folder: Path, words: list[str]) -> str:
+    """What validation said of hyperparameters and other choices. words: a method, on another page than its own."""
+    root, name = (folder, words[0]) if words else (folder.parent, folder.name)
+    study, text = root / "common" / "study", ""
+    for file in (*sorted(study.glob(f"{name}_sweep_*.json")), *study.glob(f"{name}_variants.json")):
         record = read(file)
         first, *others = record["results"]
         measured = ("validation_accuracy", "validation_loss", "best_epoch")
@@ -187,97 +170,101 @@ def sweep(folder: Path, _: list[str]) -> str:
             # the same to the last digit: a choice that this method does not have
             for row in [first, *(row for row in others if any(row[name] != first[name] for name in measured))]
         ]
-        text += (
-            f"`{record['command']}`, commit {short_commit(record['environment'])}\n\n"
-            f"{table([*names, 'validation accuracy', 'validation loss'], rows)}\n"
-        )
+        header = ",".join([*(name.lstrip("-") for name in names), "validation accuracy", "validation loss"])
+        text += f"{source(record)}\n\n{table(header, rows)}\n"
     return text or UNMEASURED
 
 
-def small_gpu(root: Path, words: list[str]) -> str:
-    """Memory and accuracy of one seed in smaller steps, beside the published run. words: FOLDER, limit in GB."""
-    folder, limit = root / words[0], float(words[1])
-    record, published = read(folder / "small_gpu.json"), read(folder / "results.json")
+def small_gpu(root: Path, folders: list[str]) -> str:
+    """Memory and accuracy of one seed in smaller steps, beside the published run."""
+    record = read(root / "common" / "study" / f"{folders[0]}_small_gpu.json")
+    published = read(root / folders[0] / "results.json")
     if not (record and published):
         return UNMEASURED
     run = record["runs"][0]
     whole = next(other for other in published["runs"] if other["seed"] == run["seed"])
     return (
-        f"`{record['command']}`: {run['peak_memory_bytes'] / 1e9:.2f} GB of peak memory (limit: {limit:.1f}), test "
-        f"accuracy {100 * run['test']['accuracy']:.2f}; the published run of this seed, without, "
-        f"{whole['peak_memory_bytes'] / 1e9:.2f} GB and {100 * whole['test']['accuracy']:.2f}.\n"
+        f"`{record['command']}` takes {run['peak_memory_bytes'] / 1e9:.2f} GB and reaches a test accuracy of "
+        f"{100 * run['test']['accuracy']:.2f}%. The published run of the same seed takes "
+        f"{whole['peak_memory_bytes'] / 1e9:.2f} GB and reaches {100 * whole['test']['accuracy']:.2f}%.\n"
     )
 
 
 def benchmark(root: Path, _: list[str]) -> str:
-    """The usual recipe against ours, on every machine that tests/benchmark.py ran on."""
+    """The usual way, the careful way and ours, on every machine that common/study/benchmark.py ran on."""
     text = ""
-    for file in sorted((root / "tests").glob("benchmark_*.json")):
+    for file in sorted((root / "common" / "study").glob("benchmark_*.json")):
         record = read(file)
-        rows = [
-            [
-                name,
-                f"{statistics.median(sides['usual']['reviews_per_second']):,.1f}",
-                f"{statistics.median(sides['ours']['reviews_per_second']):,.1f}",
-                "{median:.1f} ({min:.1f} to {max:.1f})".format(**sides["ratio"]),
-                f"{statistics.median(sides['usual']['peak_memory_bytes']) / 1e9:.2f}",
-                f"{statistics.median(sides['ours']['peak_memory_bytes']) / 1e9:.2f}",
-                f"{100 * sides['share_of_floor']:.0f}%",
-            ]
-            for name, sides in record["methods"].items()
-            if "error" not in sides
-        ]
-        header = "method,usual (reviews/s),ours (reviews/s),ratio (range),usual (GB),ours (GB),of the hardware's limit"
-        device = record["environment"]["gpu"] or f"CPU ({record['environment']['cpu']})"
-        text += f"{device}: `{record['command']}`\n\n{table(header.split(','), rows)}\n"
+        rows = []
+        for name, sides in record["methods"].items():
+            if "ratios" not in sides:
+                continue
+            speeds, memory = (
+                [statistics.median(sides[side][key]) for side in ("usual", "careful", "ours")]
+                for key in ("reviews_per_second", "peak_memory_bytes")
+            )
+            ratios = ["{median:.1f} ({min:.1f} to {max:.1f})".format(**ratio) for ratio in sides["ratios"].values()]
+            memory = " / ".join(f"{size / 1e9:.2f}" for size in memory)
+            rows.append([name, *(f"{speed:,.0f}" for speed in speeds), *ratios, memory])
+        header = "method,usual (reviews/s),careful,ours,ours / usual (range),ours / careful (range),peak memory (GB)"
+        device = record["environment"]["gpu"] or record["environment"]["cpu"]
+        text += f"On {device}: {source(record)}\n\n{table(header, rows)}\n" if rows else ""
     return text or UNMEASURED
 
 
-def whole_command(root: Path, words: list[str]) -> str:
-    """The seconds of one command, where tests/benchmark.py timed it. words: limits of all of them, and of those that
-    neither train nor evaluate."""
-    most, most_others = map(float, words)
+def tricks(root: Path, _: list[str]) -> str:
+    """Speed and memory of each method with all tricks, and with each of them left out."""
+    record = read(root / "common" / "study" / "tricks.json")
+    if not record:
+        return UNMEASURED
+    rows = []
+    for name, found in record["methods"].items():
+        for trick, values in found.items():
+            speed, memory = map(statistics.median, values.values())
+            slower = "" if trick == ALL else "{speed:.2f} ({min:.2f} to {max:.2f})".format(**worth(found, trick))
+            left_out = "nothing" if trick == ALL else trick
+            rows.append([f"{name}: {left_out}", f"{speed:,.0f}", slower, f"{memory / 1e9:.2f}"])
+    header = "left out,reviews/s,speed with it / without (range),peak memory (GB)"
+    return f"On {record['environment']['gpu']}: {source(record)}\n\n{table(header, rows)}"
+
+
+def whole_command(root: Path, _: list[str]) -> str:
+    """The seconds of one command, where common/study/benchmark.py timed it."""
     text = ""
-    for file in sorted((root / "tests").glob("benchmark_*.json")):
+    for file in sorted((root / "common" / "study").glob("benchmark_*.json")):
         record = read(file)
         if whole := record.get("whole_command"):
-            others = whole["seconds"] - whole["train_seconds"]
-            late, late_others = max(whole["seconds"] - most, 0), max(others - most_others, 0)
             text += (
-                f"On {record['environment']['gpu']} the whole command for one seed of LoRA took "
-                f"{whole['seconds']:.1f} seconds (limit {most:.0f}: {f'missed by {late:.1f}' if late else 'kept'}): "
-                f"training {whole['train_seconds']:.1f}, the rest of `train` (model, evaluation, saving) "
-                f"{whole['run_seconds'] - whole['train_seconds']:.1f}, and imports, data and charts "
-                f"{whole['seconds'] - whole['run_seconds']:.1f}. The limit for what neither trains nor evaluates, "
-                f"{most_others:.0f}, is {f'missed by at most {late_others:.1f}' if late_others else 'kept'}: "
-                "evaluation was not timed apart.\n"
+                f"On {record['environment']['gpu']} the whole command for one seed of LoRA takes "
+                f"{whole['seconds']:.1f} seconds: {whole['train_seconds']:.1f} of training, "
+                f"{whole['run_seconds'] - whole['train_seconds']:.1f} to load the model, evaluate and save, and "
+                f"{whole['seconds'] - whole['run_seconds']:.1f} for imports, data and charts.\n"
             )
     return text or UNMEASURED
 
 
 BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
-    function.__name__: function
-    for function in (results, aims, charts, result, chart, sweep, small_gpu, benchmark, whole_command)
+    block.__name__: block
+    for block in (results, references, charts, result, chart, sweep, small_gpu, benchmark, tricks, whole_command)
 }
 
 
 def render(text: str, folder: Path) -> str:
     """The README `text` of `folder` with its blocks written anew."""
     return BLOCK.sub(
-        lambda block: block["start"] + BLOCKS[block["name"]](folder, block["folders"].split()) + block["end"], text
+        lambda block: block["start"] + BLOCKS[block["name"]](folder, block["words"].split()) + block["end"], text
     )
 
 
 def main(root: Path = ROOT) -> None:
-    """Write every README's figures, and the comparison chart once all its methods have a record."""
+    """Write the figures of every README, and the comparison chart once all its methods have a record."""
     for readme in [root / "README.md", *sorted(root.glob("*/README.md"))]:
         text = readme.read_text()
         readme.write_text(render(text, readme.parent))
         for block in BLOCK.finditer(text):
-            records = [read(root / folder / "results.json") for folder in block["folders"].split()]
-            references = read(root / "common" / "references.json")
-            if block["name"] == "results" and all(records) and references:
-                draw_comparison(records, references["accuracy"], root / "common" / "comparison.png")
+            records = [read(root / folder / "results.json") for folder in block["words"].split()]
+            if block["name"] == "results" and all(records):
+                draw_comparison(records, reference_lines(root), root / "common" / "study" / "comparison.png")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from pathlib import Path
 from types import ModuleType
 
 from datasets import DatasetDict
@@ -10,6 +11,7 @@ from common.cli import parse_config
 from common.data import load_reviews, stratified_rows, tokenize
 from common.model import load_tokenizer
 
+HERE = Path(__file__).parent
 METHODS = ("NEW_HEAD", "LAST_LAYER", "PEFT_LORA", "PEFT_QLORA")
 EVALUATED = 16  # reviews that a study of speed evaluates on, outside the measured time
 WORKERS = 8 if os.cpu_count() >= 8 else 0
@@ -47,3 +49,11 @@ def prepare(method: ModuleType, reviews: DatasetDict, flags: list[str]) -> dict:
         "fingerprint": "",
         "classes": reviews["train"].features["label"].names,
     }
+
+
+def record_path(name: str, config, folder: Path) -> Path:
+    """Where the record of a study with a script's flags goes: common/study/<name>.json for a full run with the default
+    --output_dir, which is in `folder`; else --output_dir."""
+    part = config.demo or config.max_train_samples or config.max_test_samples
+    place = Path(config.output_dir)
+    return (place if part or place != folder / "runs" else HERE) / f"{name}.json"

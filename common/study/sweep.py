@@ -1,60 +1,64 @@
-"""The sweeps behind the published hyperparameters; run by hand, on a GPU, from the repository's root.
+"""Validation accuracy of other hyperparameters, and of other choices than those written into the scripts.
 
-    python tests/sweep.py PEFT_LORA --learning_rate=5e-4,1e-3,2e-3 -- --seeds 0
-    python tests/sweep.py PEFT_LORA --variants -- --seeds 0
-    python tests/sweep.py PEFT_LORA --variants="as published,no warm-up" -- --seeds 0
+    python -m common.study.sweep PEFT_LORA --learning_rate=5e-4,1e-3,2e-3 -- --seeds 0 1
+    python -m common.study.sweep PEFT_LORA --variants -- --seeds 0 1
+    python -m common.study.sweep PEFT_LORA --variants="as published,no warm-up" -- --seeds 0 1
+    python -m common.study.sweep full_fine_tuning --learning_rate=5e-5,1e-4,2e-4 -- --seeds 0 1
 
-The first trains once for every combination of the values given; the second once for every choice that is written
-into the scripts (see `variants`); the third for some of them. Flags after `--` go to the script.
-<METHOD>/sweep_learning_rate.json (or whatever the flag is) and <METHOD>/variants.json keep the validation accuracy of
-the chosen epoch, mean over the seeds: the test reviews play no part.
+The first trains once for every combination of the values given, the second once for every choice in `variants`, the
+third for some of them. Flags after `--` go to the script. Writes common/study/<METHOD>_sweep_learning_rate.json (or
+whatever the flag is) or <METHOD>_variants.json: means over the seeds, at the epoch that validation chooses. The test
+reviews play no part, so --max_test_samples 100 saves time. With --demo or
+--max_train_samples the record stays in runs/.
 """
 
 import contextlib
-import importlib
 import itertools
 import statistics
 import sys
 from functools import partial
-from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import datasets
 from peft import LoraConfig
-from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common.cli import run
+from common.files import write_json
+from common.model import switch_off_dropout
+from common.record import command_line, environment
+from common.study import full_fine_tuning
+from common.study.scripts import HERE, METHODS, script
 
-from common.files import shown, write_json
-from common.record import environment
 
-
-def variants(method) -> dict[str, contextlib.AbstractContextManager]:
-    """Choices that are no flags, by name: each undoes one of them. method: the script, as a module."""
+def variants(method: ModuleType) -> dict[str, contextlib.AbstractContextManager]:
+    """Choices that are no flags of the script `method`, by name: each is a context that undoes one of them."""
     arguments, build_model, load_tokenizer = method.TrainingArguments, method.build_model, method.load_tokenizer
 
     def training(**changes):
         return patch.object(method, "TrainingArguments", lambda **given: arguments(**given | changes))
 
-    def keeping_the_start(*model):
+    def keep_the_start(*model):
         tokenizer = load_tokenizer(*model)
         tokenizer.truncation_side = "right"
         return tokenizer
 
-    def without_backbone_dropout(config, labels):
-        model, new = build_model(config, labels)
-        for part in model.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0
-        return model, new
+    def dropout_on(config, labels):
+        with patch("common.model.switch_off_dropout", lambda *parts, **named: None):
+            model, new, _ = build_model(config, labels)
+        return model, new, None  # stored outputs would be those without dropout
+
+    def dropout_off(config, labels):
+        model, new, run_once = build_model(config, labels)
+        switch_off_dropout(model)
+        return model, new, run_once
 
     return {
         "as published": contextlib.nullcontext(),
         "`<br />` kept": patch("common.data.clean", str),
-        "long reviews cut at the end": patch.object(method, "load_tokenizer", keeping_the_start),
-        "dropout on in frozen parts": patch("common.model.switch_off_dropout", lambda *parts, **named: None),
-        "dropout off everywhere": patch.object(method, "build_model", without_backbone_dropout),
+        "long reviews cut at the end": patch.object(method, "load_tokenizer", keep_the_start),
+        "dropout on in frozen parts": patch.object(method, "build_model", dropout_on),
+        "dropout off everywhere": patch.object(method, "build_model", dropout_off),
         "dropout before LoRA": patch("peft.LoraConfig", partial(LoraConfig, lora_dropout=0.1)),
         "no warm-up": training(warmup_steps=0),
         "no weight decay": training(weight_decay=0.0),
@@ -62,39 +66,45 @@ def variants(method) -> dict[str, contextlib.AbstractContextManager]:
     }
 
 
-def main() -> None:
-    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    name, grid_flags, flags = sys.argv[1], sys.argv[2:split], sys.argv[split + 1 :]
-    method = importlib.import_module(f"{name}.train")
-    grid = {flag: values.split(",") for flag, _, values in (word.partition("=") for word in grid_flags)}
+def validation_result(record: dict) -> dict:
+    """What validation says of a run: means over its seeds, at their best epochs."""
+    best = [seed["epochs"][seed["best_epoch"]] for seed in record["runs"]]
+    return {
+        "validation_accuracy": statistics.mean(epoch["validation_accuracy"] for epoch in best),
+        "validation_loss": statistics.mean(epoch["validation_loss"] for epoch in best),
+        "best_epoch": [epoch["epoch"] for epoch in best],
+    }
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train for every combination or variant, and write the record after each; returns it."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in (*METHODS, "full_fine_tuning"):
+        sys.exit(__doc__)
+    split = argv.index("--") if "--" in argv else len(argv)
+    name, flags = argv[0], argv[split + 1 :]
+    grid = {flag: values.split(",") for flag, _, values in (word.partition("=") for word in argv[1:split])}
+    method = full_fine_tuning if name == "full_fine_tuning" else script(name)
     kind = "_".join(["sweep", *(flag.lstrip("-") for flag in grid)])
+    combinations = (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
+    jobs = [(combination, contextlib.nullcontext()) for combination in combinations]
     if "--variants" in grid:
-        kind = "variants"
-        datasets.disable_caching()  # the cache does not see that a function was replaced
-        known = variants(method)
+        kind, known = "variants", variants(method)
         titles = known if grid["--variants"] == [""] else grid["--variants"]
-        jobs = [({"variant": title}, [], known[title]) for title in titles]
-    else:
-        combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-        jobs = [(chosen, list(itertools.chain(*chosen.items())), contextlib.nullcontext()) for chosen in combinations]
-    results = []
-    for number, (title, arguments, change) in enumerate(jobs):
-        folder = ROOT / name / "runs" / kind / str(number)
+        jobs = [({"variant": title}, known[title]) for title in titles]
+        datasets.disable_caching()  # the cache does not see that a function was replaced
+    content = {"command": command_line("-m common.study.sweep", argv), "results": [], "environment": environment()}
+    for number, (title, change) in enumerate(jobs):
+        chosen = [] if kind == "variants" else itertools.chain(*title.items())
+        folder = HERE / "runs" / name / kind / str(number)
         with change:
-            record = method.main([*flags, *arguments, "--output_dir", str(folder)])
-        best = [run["epochs"][run["best_epoch"]] for run in record["runs"]]
-        results.append(
-            title
-            | {
-                "validation_accuracy": statistics.mean(epoch["validation_accuracy"] for epoch in best),
-                "validation_loss": statistics.mean(epoch["validation_loss"] for epoch in best),
-                "best_epoch": [epoch["epoch"] for epoch in best],
-            }
-        )
-        print(results[-1], flush=True)
-        content = {"command": " ".join(["python", "tests/sweep.py", *map(shown, sys.argv[1:])]), "results": results}
-        write_json(content | {"environment": environment()}, ROOT / name / f"{kind}.json")
+            record = method.main([*flags, *chosen, "--output_dir", str(folder)])
+        content["results"].append(title | validation_result(record))
+        print(content["results"][-1], flush=True)
+        part = record["config"]["demo"] or record["config"]["max_train_samples"]
+        write_json(content, (folder.parent if part else HERE) / f"{name}_{kind}.json")
+    return content
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -142,13 +142,13 @@ def main(argv: list[str] | None = None) -> dict:
         "methods": {name: compare(name, reviews, ["--model", args.model], args.rounds) for name in args.methods},
         "environment": environment(),
     }
-    print(f"\n{'':<48}{'reviews/s':>10}{'GB':>7}   with the trick: speed (range), memory")
+    print(f"\n{'':<62}{'reviews/s':>10}{'GB':>7}   with the trick: speed (range), memory")
     for name, found in record["methods"].items():
         for trick, values in found.items():
             speeds, memory = (statistics.median(values[key]) for key in values)
             title = f"{name}, " + ("all tricks" if trick == ALL else f"without: {trick}")
             gain = "" if trick == ALL else "{speed:.2f} ({min:.2f} to {max:.2f}), {memory:.2f}"
-            print(f"{title:<48}{speeds:>10,.0f}{memory / 1e9:>7.2f}   {gain.format(**worth(found, trick))}")
+            print(f"{title:<62}{speeds:>10,.0f}{memory / 1e9:>7.2f}   {gain.format(**worth(found, trick))}")
     write_json(record, args.json)
     return record
 

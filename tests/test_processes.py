@@ -1,0 +1,52 @@
+"""Two processes, each with its share of every batch, train what one trains."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, import_method
+from safetensors.torch import load_file
+
+FLAGS = "--demo --epochs 1 --max_train_samples 300 --max_test_samples 60 --batch_size 16".split()
+BOTH = ("NEW_HEAD", "PEFT_LORA")  # one with stored outputs, one without
+RUN_BOTH = """
+import importlib, sys
+import common.demo
+build_demo = common.demo.build_demo
+common.demo.build_demo = lambda folder: print("writes the demo") or build_demo(folder)
+for name in sys.argv[1].split():
+    importlib.import_module(f"{name}.train").main([*sys.argv[3:], "--output_dir", f"{sys.argv[2]}/{name}"])
+"""
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    """In one start of the two processes, which takes longer than the runs. The demo's model has no dropout."""
+    script = tmp_path / "both.py"
+    script.write_text(RUN_BOTH)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*start, script, " ".join(BOTH), tmp_path / "two", *FLAGS],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("processes: 2") == 2  # only the main process prints, once for each method,
+    assert result.stdout.count("writes the demo") == 2  # and writes what both read
+    for name in BOTH:
+        import_method(name).main([*FLAGS, "--output_dir", str(tmp_path / "one" / name)])
+        one, two = (
+            json.loads((tmp_path / count / name / "results.json").read_text())["runs"][0] for count in ("one", "two")
+        )
+        for epoch, again in zip(one["epochs"], two["epochs"], strict=True):
+            for loss in ("train_loss", "validation_loss"):
+                assert epoch[loss] == pytest.approx(again[loss], rel=1e-3), (name, epoch["epoch"])
+        assert one["test"] == two["test"]
+        saved = (next((tmp_path / count / name / "seed_0/model").glob("*.safetensors")) for count in ("one", "two"))
+        weights, again = map(load_file, saved)
+        for key, weight in weights.items():
+            torch.testing.assert_close(weight, again[key], rtol=1e-2, atol=1e-3, msg=f"{name}: {key}")

@@ -1,0 +1,81 @@
+"""Each trick is really left out where the table says so, and no other; nothing of it stays behind."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import import_method
+from torch import nn
+from transformers import Trainer
+
+from common import speed, trainer
+from common.study.scripts import prepare, some_reviews
+from common.study.tricks import (
+    ALL,
+    CASTS,
+    FEEDING,
+    FLASH,
+    NORM,
+    STEPS,
+    STORED,
+    TRICKS,
+    UNCOUNTED,
+    UNFILLED,
+    measure,
+    worth,
+)
+
+
+def left_out(seen: Trainer) -> set[str]:
+    """The tricks that this trainer and this process do without, at this moment."""
+    without = {
+        FEEDING: type(seen).get_train_dataloader is Trainer.get_train_dataloader,
+        FLASH: seen.model.config._attn_implementation == "sdpa",
+        NORM: speed.LayerNormOutsideAutocast is nn.LayerNorm,
+        CASTS: "peft" not in trainer.disable_input_dtype_casting.__module__,
+        STEPS: trainer.WIDTH_STEP == 1,
+        UNFILLED: torch.utils.deterministic.fill_uninitialized_memory,
+        UNCOUNTED: seen.floating_point_ops({"input_ids": torch.ones(1, 4)}) > 0,
+        STORED: seen.run_once is None,
+    }
+    return {trick for trick, is_so in without.items() if is_so}
+
+
+@pytest.fixture(scope="module")
+def reviews(demo):
+    return some_reviews(str(demo[1]), 16)
+
+
+@pytest.mark.parametrize("trick", [*TRICKS["PEFT_LORA"], STORED, ALL])
+def test_one_trick_is_left_out(trick, demo, reviews, monkeypatch, tmp_path):
+    method, found = import_method("NEW_HEAD" if trick == STORED else "PEFT_LORA"), []
+    flags = ["--model", str(demo[0]), "--max_length", "32", "--epochs", "1", "--output_dir", str(tmp_path)]
+    job = prepare(method, reviews, flags)
+    preflight = method.preflight
+
+    def look(config, seen, new):
+        found.append(left_out(seen))
+        preflight(config, seen, new)
+
+    monkeypatch.setattr(method, "preflight", look)
+    before = trainer.ReviewTrainer.floating_point_ops, method.speed_up, method.build_model, method.ReviewTrainer
+    result = measure(method, trick, job)
+    nothing_stored = set() if trick == STORED else {STORED}  # of LoRA never
+    assert found == [nothing_stored | {trick} - {ALL}]
+    assert result["reviews_per_second"] > 0 and result["peak_memory_bytes"] > 0
+    assert before == (
+        trainer.ReviewTrainer.floating_point_ops,
+        method.speed_up,
+        method.build_model,
+        method.ReviewTrainer,
+    )
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert job["config"] == dataclasses.replace(job["config"], output_dir=str(tmp_path))
+
+
+def test_what_a_trick_is_worth_is_taken_within_a_round():
+    found = {
+        ALL: {"reviews_per_second": [100, 50, 200], "peak_memory_bytes": [2, 2, 2]},
+        FLASH: {"reviews_per_second": [50, 50, 50], "peak_memory_bytes": [4, 4, 4]},
+    }
+    assert worth(found, FLASH) == {"speed": 2, "min": 1, "max": 4, "memory": 0.5}
