@@ -73,11 +73,8 @@ def load_reviews(
 
 
 def in_validation(digest: bytes) -> bool:
-    """Whether the review with this SHA-256 belongs to the tenth of the training reviews held out for validation.
-
-    By the text alone: the same reviews whatever the source or the order of its rows, and all copies of a review
-    on the same side.
-    """
+    """Whether the review with this SHA-256 is held out for validation, as a tenth of the training reviews is: by its
+    text alone, so that the order of the rows does not matter and all copies of a review are on the same side."""
     return int.from_bytes(digest[:8], "big") % 10 == 0
 
 

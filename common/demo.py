@@ -9,7 +9,6 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 TRAIN_REVIEWS, TEST_REVIEWS = 2000, 500
-
 # {same} becomes a word of the review's own sentiment, {other} one of the opposite: counting words is not enough.
 SENTENCES = [
     "The {thing} is {same} and the {thing} is {same}.",

@@ -17,9 +17,7 @@ from common.trainer import ReviewTensors, ReviewTrainer, longest_first
 
 class StoredOutputs(Dataset):
     """outputs: (texts, hidden size), what the backbone gave at the one token that the head reads. labels: (texts,).
-
-    A list of rows gives one batch: `inputs_embeds` of shape (rows, 1, hidden size), and `labels`.
-    """
+    A list of rows gives one batch: `inputs_embeds` of shape (rows, 1, hidden size), and `labels`."""
 
     def __init__(self, outputs: torch.Tensor, labels: torch.Tensor):
         self.outputs, self.labels, self.lengths = outputs, labels, np.ones(len(outputs))

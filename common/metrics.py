@@ -48,10 +48,8 @@ def score(prediction: EvalPrediction) -> dict:
 
 
 def validation_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """What Trainer logs after every epoch: accuracy, F1, and the mean cross-entropy over the reviews.
-
-    Trainer's own loss is a mean over batches, which counts a review in a small last batch for more.
-    """
+    """What Trainer logs after every epoch: accuracy, F1, and the mean cross-entropy over the reviews. Trainer's own
+    loss is a mean over batches, which counts a review in a small last batch for more."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     loss = nn.functional.cross_entropy(torch.tensor(logits).float(), torch.tensor(prediction.label_ids))
     scores = score(prediction)

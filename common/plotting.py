@@ -1,8 +1,4 @@
-"""The two charts of a run, drawn from its results.json.
-
-Means and standard deviations (sd, of a sample: n - 1) are over the runs, one per seed. Accuracies are fractions, shown
-in percent.
-"""
+"""The two charts of a run, drawn from its results.json: means and sd (of a sample: n - 1) are over the seeds."""
 
 import hashlib
 import json
