@@ -139,9 +139,12 @@ def main(argv: list[str] | None = None) -> dict:
         "model": public_name(args.model),
         "dataset": public_name(args.dataset),
         "reviews": len(reviews["train"]),
-        "methods": {name: compare(name, reviews, ["--model", args.model], args.rounds) for name in args.methods},
+        "methods": {},
         "environment": environment(),
     }
+    for name in args.methods:  # what is measured is kept, should the next one not end
+        record["methods"][name] = compare(name, reviews, ["--model", args.model], args.rounds)
+        write_json(record, args.json)
     print(f"\n{'':<62}{'reviews/s':>10}{'GB':>7}   with the trick: speed (range), memory")
     for name, found in record["methods"].items():
         for trick, values in found.items():
@@ -149,7 +152,6 @@ def main(argv: list[str] | None = None) -> dict:
             title = f"{name}, " + ("all tricks" if trick == ALL else f"without: {trick}")
             gain = "" if trick == ALL else "{speed:.2f} ({min:.2f} to {max:.2f}), {memory:.2f}"
             print(f"{title:<62}{speeds:>10,.0f}{memory / 1e9:>7.2f}   {gain.format(**worth(found, trick))}")
-    write_json(record, args.json)
     return record
 
 
