@@ -23,8 +23,6 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from common.cli import UserError
 from common.metrics import synchronize
 
-WIDTH_STEP = 8  # batches are a multiple of it wide: with every new shape cuBLAS takes a while to choose its kernels
-
 
 class ReviewTensors(Dataset):
     """Tokenised reviews on `device`; a list of rows gives one padded batch, with no copy from the host's memory.
@@ -46,13 +44,8 @@ class ReviewTensors(Dataset):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def width(self, rows: list[int]) -> int:
-        """Tokens per row of a batch, padding included."""
-        longest = int(self.lengths[rows].max())
-        return min(math.ceil(longest / WIDTH_STEP) * WIDTH_STEP, self.input_ids.shape[1])
-
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        width = self.width(rows)  # lengths are known on the host: nothing here waits for the device
+        width = int(self.lengths[rows].max())  # known on the host: nothing here waits for the device
         index = torch.tensor(rows).to(self.labels.device, non_blocking=True)
         batch = {"input_ids": self.input_ids[:, :width][index].long(), "labels": self.labels[index]}
         if self.lengths[rows].min() < width:
@@ -70,7 +63,7 @@ class LengthGroupedBatches(Sampler):
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, steps=1, process=0, processes=1):
-        self.lengths, self.seed, self.epoch = lengths, seed, 0
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
         self.updates = math.ceil(len(lengths) / batch_size)
         self.steps, self.process, self.processes = steps, process, processes
         smallest = len(lengths) // self.updates
@@ -88,9 +81,10 @@ class LengthGroupedBatches(Sampler):
 
     def __iter__(self):
         random = np.random.default_rng((self.seed, self.epoch))
-        # Among reviews that need the same width the order is random: most get other neighbours in every epoch.
-        by_length = np.lexsort((random.random(len(self.lengths)), np.ceil(self.lengths / WIDTH_STEP)))
-        batches = np.array_split(by_length, self.updates)
+        by_length = np.lexsort((random.random(len(self.lengths)), self.lengths))  # those as long in random order
+        # Each is moved by up to two batches: most reviews get other neighbours in every epoch.
+        places = np.arange(len(by_length)) + random.uniform(0, 2 * self.batch_size, len(by_length))
+        batches = np.array_split(by_length[places.argsort()], self.updates)
         for update in random.permutation(self.updates):
             for part in np.array_split(random.permutation(batches[update]), self.steps):
                 yield np.array_split(part, self.processes)[self.process].tolist()
@@ -102,7 +96,10 @@ def longest_first(lengths: np.ndarray, size: int) -> BatchSampler:
 
 
 class EpochProgress(ProgressCallback):
-    """Progress bars, a line after every evaluation, and in the log history each epoch's seconds of training alone."""
+    """Progress bars, a line after every evaluation, and in the log history each epoch's seconds of training alone.
+
+    Of more than ten epochs not every one is evaluated and saved: ten at most, evenly spaced, the last among them.
+    """
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         synchronize()
@@ -111,6 +108,8 @@ class EpochProgress(ProgressCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         synchronize()
         state.log_history.append({"epoch": state.epoch, "seconds": time.perf_counter() - self.start})
+        if round(args.num_train_epochs - state.epoch) % math.ceil(args.num_train_epochs / 10):
+            control.should_evaluate = control.should_save = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "eval_validation_accuracy" in logs:
@@ -184,7 +183,7 @@ class ReviewTrainer(Trainer):
         tensors, size = self.tensors_of(self.train_dataset), self.args.eval_batch_size
         every_epoch = self.inputs_of(self.train_dataset) is tensors
         batches = self.training_batches(tensors.lengths) if every_epoch else longest_first(tensors.lengths, size)
-        tokens = np.array([(tensors.lengths[rows].sum(), tensors.width(rows) * len(rows)) for rows in batches])
+        tokens = np.array([(lengths.sum(), lengths.max() * len(lengths)) for lengths in (tensors.lengths[rows] for rows in batches)])
         return 100 * float(1 - tokens[:, 0].sum() / tokens[:, 1].sum())
 
     def floating_point_ops(self, inputs) -> int:
