@@ -74,7 +74,8 @@ class Config:
 
 def build_model(config: Config, labels: dict) -> tuple:
     """The model, the names of its newly initialised weights, and what of it runs once per review: nothing."""
-    from common.model import head_modules, missing_weights, switch_off_dropout, transformer_blocks
+    from common.blocks import transformer_blocks
+    from common.model import head_modules, missing_weights, switch_off_dropout
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         config.model,
@@ -119,7 +120,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         save_strategy="epoch",
         save_total_limit=2,  # the best and the last
         load_best_model_at_end=True,
-        metric_for_best_model="validation_accuracy",
+        metric_for_best_model="validation_rank",  # accuracy, then loss
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # it would make the host wait for the GPU in every step
         report_to=config.report_to,

@@ -100,7 +100,7 @@ def run_backbone(model: torch.nn.Module, batches) -> torch.Tensor:
 
     batches: an iterator over `input_ids` and `attention_mask` of all reviews. Returns (reviews, hidden size).
     """
-    from common.model import head_token
+    from common.frozen import head_token
 
     features = []
     for batch in batches:
@@ -136,7 +136,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         save_strategy="epoch",
         save_total_limit=2,  # the best and the last
         load_best_model_at_end=True,
-        metric_for_best_model="validation_accuracy",
+        metric_for_best_model="validation_rank",  # accuracy, then loss
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # it would make the host wait for the GPU in every step
         report_to=config.report_to,

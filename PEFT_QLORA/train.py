@@ -82,8 +82,8 @@ def build_model(config: Config, labels: dict) -> tuple:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, BitsAndBytesConfig
 
+    from common.blocks import attention_projections
     from common.model import head_modules, missing_weights
-    from common.projections import attention_projections
 
     backbone = AutoConfig.from_pretrained(config.model, revision=config.model_revision)
     with torch.device("meta"):  # the structure alone, to find the head in before any weight is quantized
@@ -151,7 +151,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         save_strategy="epoch",
         save_total_limit=2,  # the best and the last
         load_best_model_at_end=True,
-        metric_for_best_model="validation_accuracy",
+        metric_for_best_model="validation_rank",  # accuracy, then loss
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # it would make the host wait for the GPU in every step
         report_to=config.report_to,

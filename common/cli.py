@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -11,8 +10,6 @@ from pathlib import Path
 
 # What --demo changes beside --model and --dataset: as much as its short reviews and tiny model need.
 DEMO_SETTINGS = {
-    "model_revision": None,
-    "dataset_revision": None,
     "max_length": 64,
     "batch_size": 32,
     "gradient_accumulation_steps": 1,
@@ -57,21 +54,21 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     config.output_dir = str(Path(output_dir).expanduser().resolve())
     _check(config)
     _check_output_dir(Path(config.output_dir), folder.name, config.seeds)
-    for name in ("model", "dataset"):  # the default revision belongs to the default repository
-        other, revision = getattr(config, name) != parser.get_default(name), f"{name}_revision"
-        if other and getattr(config, revision) == parser.get_default(revision):
-            setattr(config, revision, None)
     if config.demo:
-        from common.demo import build_demo, demo_folders
+        from common.demo import build_demo
 
         torch.set_num_threads(1)  # more would only get in each other's way with so small a model
         generated = Path(config.output_dir) / "generated"
         if state.is_local_main_process:  # it alone: written again, files would vanish while another process reads them
             build_demo(generated)
         state.wait_for_everyone()
-        for name, place in zip(("model", "dataset"), demo_folders(generated), strict=True):
+        for name, place in (("model", "tiny-bert"), ("dataset", "generated-reviews")):
             if getattr(config, name) == parser.get_default(name):
-                setattr(config, name, str(place))
+                setattr(config, name, str(generated / place))
+    for name in ("model", "dataset"):  # the default revision belongs to the default repository
+        other, revision = getattr(config, name) != parser.get_default(name), f"{name}_revision"
+        if other and getattr(config, revision) == parser.get_default(revision):
+            setattr(config, revision, None)
     if config.gradient_accumulation_steps is None:
         # On a CPU 16 reviews at a time are faster than 128: what a layer leaves is still in the cache for the next.
         steps = 1 if torch.accelerator.is_available() else max(1, config.batch_size // 16)
@@ -93,14 +90,9 @@ def _check_output_dir(output_dir: Path, method: str, seeds: list[int]) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--output_dir {output_dir}: {existing} is no folder that can be written to")
     for folder in (output_dir / f"seed_{seed}" for seed in seeds):
-        try:
-            owner = json.loads((folder / "flags.json").read_text())["method"]
-        except (OSError, ValueError, KeyError, TypeError):  # not written by this project
-            owner = "something else"
-        if folder.exists() and owner != method:
-            raise UserError(
-                f"--output_dir {output_dir}: its {folder.name} is of {owner}, not of {method}; name another"
-            )
+        flags = folder / "flags.json"  # our mark
+        if folder.exists() and not (flags.exists() and f'"method": "{method}"' in flags.read_text()):
+            raise UserError(f"--output_dir {output_dir}: its {folder.name} was not left by {method}; name another")
 
 
 def _check(config) -> None:

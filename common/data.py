@@ -60,14 +60,10 @@ def load_reviews(
         validation=splits["train"].select(train_rows[held_out]),
         test=splits["test"].select(stratified_rows(labels["test"], max_test_samples, seed=0)),
     )
-    for split, part, size in (
-        ("train", "train", max_train_samples),
-        ("validation", "train", max_train_samples),
-        ("test", "test", max_test_samples),
-    ):
+    for split, size in (("train", max_train_samples), ("validation", max_train_samples), ("test", max_test_samples)):
         rows, classes = len(data[split]), len(set(data[split]["label"][:]))
         if classes < 1 + (split == "train"):
-            flag = f"--max_{part}_samples {size}" if size else f"--dataset {source}"
+            flag = f"--max_{'test' if split == 'test' else 'train'}_samples {size}" if size else f"--dataset {source}"
             raise UserError(f"{flag}: leaves {split} {rows} reviews of {classes} classes; at least 100 are a start")
     return data, fingerprint
 
@@ -178,23 +174,15 @@ def _read_file(folder: Path, split: str) -> Dataset:
 
 
 def _read_acl_imdb(path: Path, split: str) -> Dataset:
-    return Dataset.from_generator(
-        _acl_imdb_rows,
-        features=Features(text=Value("string"), label=ClassLabel(names=["neg", "pos"])),
-        # The times of the last changes are part of the cache's key; a folder's own tells nothing of the files in it.
-        gen_kwargs={
-            "path": str(path.resolve()),
-            "split": split,
-            "changed": sum(part.stat().st_mtime_ns for part in (path, *path.glob(f"{split}/[np]*/*"))),
-        },
-    )
+    features = Features(text=Value("string"), label=ClassLabel(names=["neg", "pos"]))
+    return Dataset.from_list(list(_acl_imdb_rows(path, split)), features=features)
 
 
-def _acl_imdb_rows(path: str, split: str, changed: int) -> Iterator[dict]:
+def _acl_imdb_rows(path: Path, split: str) -> Iterator[dict]:
     """Rows of <path>/<split>/{neg,pos}/*.txt, in a folder or, read in place, in the archive."""
-    if Path(path).is_dir():
+    if path.is_dir():
         for name in ("neg", "pos"):
-            for file in sorted(Path(path, split, name).glob("*.txt")):
+            for file in sorted((path / split / name).glob("*.txt")):
                 yield {"text": file.read_bytes().decode(), "label": name}  # read_text would change line ends
         return
     with tarfile.open(path) as archive:

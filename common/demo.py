@@ -27,10 +27,8 @@ def write_review(label: int, rng: random.Random) -> str:
     """One review of three sentences; `label` is 0 for negative, 1 for positive."""
     same, other = (POSITIVE, NEGATIVE) if label else (NEGATIVE, POSITIVE)
     words = {"same": same, "other": other, "thing": THINGS}
-    # Shuffled, then used up, so that nothing comes twice ("the plot may be dull, but the plot is good").
-    unused = {slot: rng.sample(choices, len(choices)) for slot, choices in words.items()}
     text = " ".join(rng.sample(SENTENCES, 3))
-    return re.sub(r"{(\w+)}", lambda slot: unused[slot[1]].pop(), text)
+    return re.sub(r"{(\w+)}", lambda slot: rng.choice(words[slot[1]]), text)
 
 
 def write_corpus() -> tuple[list[dict], list[dict]]:
@@ -46,14 +44,9 @@ def write_corpus() -> tuple[list[dict], list[dict]]:
     return splits
 
 
-def demo_folders(folder: Path) -> tuple[Path, Path]:
-    """Where `build_demo` puts the model and the reviews."""
-    return folder / "tiny-bert", folder / "generated-reviews"
-
-
-def build_demo(folder: Path) -> tuple[Path, Path]:
-    """Write both, always the same bytes; returns `demo_folders`."""
-    model_folder, data_folder = demo_folders(folder)
+def build_demo(folder: Path) -> None:
+    """Write both to `folder`, always the same bytes: the model to tiny-bert, the reviews to generated-reviews."""
+    model_folder, data_folder = folder / "tiny-bert", folder / "generated-reviews"
     data_folder.mkdir(parents=True, exist_ok=True)
     train, test = write_corpus()
     for name, rows in (("train", train), ("test", test)):
@@ -81,4 +74,3 @@ def build_demo(folder: Path) -> tuple[Path, Path]:
         model.embeddings.position_embeddings.weight *= 0.1
         model.embeddings.token_type_embeddings.weight *= 0.1
     model.save_pretrained(model_folder)
-    return model_folder, data_folder

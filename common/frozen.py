@@ -30,6 +30,15 @@ class StoredOutputs(Dataset):
         return {"inputs_embeds": self.outputs[index].unsqueeze(1), "labels": self.labels[index]}
 
 
+def head_token(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Place of the one token whose last hidden state the head reads, (rows,): of decoders the last token that is not
+    padding, of encoders the first. input_ids: (rows, width), right-padded."""
+    if not hasattr(model, "score"):  # transformers' name for the head of every decoder
+        return torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return (places * (input_ids != model.config.pad_token_id)).argmax(dim=1)
+
+
 @torch.no_grad()
 def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewTensors) -> Dataset:
     """Send every text through `run_backbone` once; returns what the head trains on from then on.

@@ -1,4 +1,4 @@
-"""The parts of a pretrained classifier, found by its structure: head and blocks; and its precision."""
+"""A pretrained classifier: its tokenizer, its precision, and its head, found by its structure."""
 
 from pathlib import Path
 
@@ -51,9 +51,7 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
     shortest = tokenizer.num_special_tokens_to_add() + 1
     if not shortest <= max_length <= longest:
         raise UserError(f"--max_length {max_length}: {name} takes {shortest} to {longest} tokens")
-    tokenizer.pad_token = (
-        tokenizer.pad_token or tokenizer.eos_token
-    )  # decoders come without one; the mask tells them apart
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # decoders have none; the mask tells them apart
     tokenizer.truncation_side = "left"  # reviews come to their verdict at the end
     tokenizer.model_max_length = max_length  # saved with the model: whoever uses it truncates as in training
     return tokenizer
@@ -72,24 +70,6 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The backbone's Transformer blocks, first to last.
-
-    Raises UserError where the architecture has no such list (ALBERT shares one block, XLM has a list for every part).
-    """
-    depth, lists = model.config.num_hidden_layers, []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in lists)
-        if isinstance(module, nn.ModuleList) and len(module) == depth and not inside:
-            lists.append((name, module))
-    if len(lists) != 1:
-        raise UserError(
-            f"--model {model.config._name_or_path}: no list of {depth} Transformer blocks was found in "
-            f"{type(model).__name__}; needs an architecture that keeps its blocks apart"
-        )
-    return lists[0][1]
-
-
 def head_modules(model: PreTrainedModel) -> list[str]:
     """Names of the modules that turn the last hidden states into logits, in order: the backbone's pooler, where it has
     one, and what has weights outside the backbone. Works on the meta device."""
@@ -106,15 +86,6 @@ def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) ->
             part.p = 0.0
         if isinstance(getattr(part, "attention_dropout", None), float):  # decoders' attention has it as a number
             part.attention_dropout = 0.0
-
-
-def head_token(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Place of the one token whose last hidden state the head reads, (rows,): of decoders the last token that is not
-    padding, of encoders the first. input_ids: (rows, width), right-padded."""
-    if not hasattr(model, "score"):  # transformers' name for the head of every decoder
-        return torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
-    places = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return (places * (input_ids != model.config.pad_token_id)).argmax(dim=1)
 
 
 def missing_weights(loading: dict) -> list[str]:

@@ -117,12 +117,11 @@ def _seeds(runs: list[dict]) -> str:
 
 
 def digest(drawn: dict | list) -> str:
-    """SHA-256 of what a chart is drawn from; the chart's own metadata keep it as "Record"."""
+    """SHA-256 of what a chart is drawn from."""
     return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
 
 
 def save(figure: Figure, path: str | Path, drawn: dict | list) -> None:
-    """Save `figure` as PNG. drawn: the records that it is drawn from."""
-    # Without matplotlib's version in its metadata, a newer one that draws the same leaves the same file.
+    """Save `figure` as PNG. drawn: the records that it is drawn from; the file's metadata keep their `digest`."""
     with whole_file(path) as temporary:
         figure.savefig(temporary, metadata={"Software": None, "Record": digest(drawn)})

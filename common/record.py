@@ -83,13 +83,17 @@ def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: floa
     test, untrained_test: scores of the chosen and of the untrained model. started: time.perf_counter() at the start.
     """
     kept = ("train_accuracy", "validation_accuracy", "validation_f1", "validation_loss", "train_loss")
-    epochs = {}
+    epochs, seconds = {}, 0.0
     for entry in trainer.state.log_history:
-        number = round(entry["epoch"])
-        epoch = epochs.setdefault(number, {"epoch": number, "seconds": 0.0})
-        epoch |= {name: entry[f"eval_{name}"] for name in kept if f"eval_{name}" in entry}
-        epoch["seconds"] += entry.get("seconds", 0.0)
-    epochs = [epochs[number] for number in sorted(epochs)]
+        seconds += entry.get("seconds", 0.0)
+        if scores := {name: entry[f"eval_{name}"] for name in kept if f"eval_{name}" in entry}:
+            number = round(entry["epoch"])
+            epoch = epochs.setdefault(number, {"epoch": number, "seconds": seconds})  # since the one before
+            epoch |= scores
+            seconds = 0.0
+    epochs = list(epochs.values())
+    # As Trainer chooses it; epoch 0 is no candidate.
+    best = max(epochs[1:], key=lambda epoch: (epoch["validation_accuracy"], -epoch["validation_loss"]))
     train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
     folder = Path(trainer.args.output_dir)
     trainable, total = count_parameters(trainer.model)
@@ -97,12 +101,11 @@ def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: floa
     record = {
         "seed": trainer.args.seed,
         "epochs": epochs,
-        # The first of the best, as Trainer chooses it; epoch 0 is no candidate.
-        "best_epoch": max(epochs[1:], key=lambda epoch: epoch["validation_accuracy"])["epoch"],
+        "best_epoch": best["epoch"],
         "untrained_test": {name: untrained_test[name] for name in ("accuracy", "f1")},
         "test": test,
         "train_seconds": train_seconds,
-        "train_reviews_per_second": len(trainer.train_dataset) * (len(epochs) - 1) / train_seconds,
+        "train_reviews_per_second": len(trainer.train_dataset) * trainer.args.num_train_epochs / train_seconds,
         "total_seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak,
         "memory_bytes": split_memory(trainer.model, trainer.optimizer, peak),

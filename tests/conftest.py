@@ -52,7 +52,9 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> tuple[Path, Path]:
     """Folders of the demo's model and reviews."""
-    return build_demo(tmp_path_factory.mktemp("demo"))
+    folder = tmp_path_factory.mktemp("demo")
+    build_demo(folder)
+    return folder / "tiny-bert", folder / "generated-reviews"
 
 
 @pytest.fixture(scope="session")

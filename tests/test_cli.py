@@ -170,7 +170,7 @@ def test_demo_needs_nothing_else(demo_built):
     config, usual = parse("--demo"), parse()
     assert demo_built == [FOLDER / "runs/demo/generated"]
     assert config.output_dir == str(FOLDER / "runs/demo")
-    assert (config.model, config.dataset) == tuple(map(str, common.demo.demo_folders(demo_built[0])))
+    assert [config.model, config.dataset] == [str(demo_built[0] / name) for name in ("tiny-bert", "generated-reviews")]
     assert config.model_revision is config.dataset_revision is None
     assert config.max_length < usual.max_length and config.batch_size < usual.batch_size and config.seeds == [0]
 
@@ -226,15 +226,15 @@ def test_a_seeds_folder_that_is_not_this_methods_is_refused(tmp_path):
     (tmp_path / "seed_0" / "thesis.txt").write_text("two years of work")
     parse(f"--output_dir {tmp_path} --seeds 4 5")  # those are other folders
     for more in ("", " --resume", " --demo"):
-        with pytest.raises(UserError, match=f"{tmp_path}: its seed_0 is of something else, not of SOME_METHOD; name"):
+        with pytest.raises(UserError, match=f"{tmp_path}: its seed_0 was not left by SOME_METHOD; name"):
             parse(flags + more)
     mark = tmp_path / "seed_0" / "flags.json"
     mark.write_text('{"method": "OTHER_METHOD"}')
-    with pytest.raises(UserError, match=f"{tmp_path}: its seed_0 is of OTHER_METHOD, not of SOME_METHOD; name"):
+    with pytest.raises(UserError, match=f"{tmp_path}: its seed_0 was not left by SOME_METHOD; name"):
         parse(flags)
     for foreign in ("", "{half", "[1, 2]", '{"other": "program"}'):
         mark.write_text(foreign)
-        with pytest.raises(UserError, match=f"{tmp_path}: its seed_0 is of something else, not of SOME_METHOD; name"):
+        with pytest.raises(UserError, match=f"{tmp_path}: its seed_0 was not left by SOME_METHOD; name"):
             parse(flags)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["flags.json", "seed_0", "seed_7", "thesis.txt"]
     mark.write_text('{"method": "SOME_METHOD"}')

@@ -17,8 +17,9 @@ from transformers import (
     XLMForSequenceClassification,
 )
 
+from common.blocks import transformer_blocks
 from common.cli import UserError
-from common.model import compute_dtype, count_parameters, trainable_state, transformer_blocks
+from common.model import compute_dtype, count_parameters, trainable_state
 from common.preflight import check_trainable
 
 HEADS = {

@@ -90,9 +90,19 @@ def test_logits_are_scored(outputs):
     tested, logged = score(prediction), validation_scores(prediction)
     assert tested["confusion_matrix"] == [[1, 0], [2, 2]]
     assert (tested["accuracy"], tested["f1"]) == pytest.approx((3 / 5, 2 / 3))
-    assert set(logged) == {"accuracy", "f1", "loss"}
+    assert set(logged) == {"accuracy", "f1", "loss", "rank"}
     assert (logged["accuracy"], logged["f1"]) == (tested["accuracy"], tested["f1"])
     assert logged["loss"] == pytest.approx(cross_entropy(LOGITS, LABELS), rel=1e-6)
+
+
+def test_rank_goes_by_accuracy_then_by_loss():
+    def rank(*margins):  # of five reviews; a negative one is a mistake
+        logits = np.outer(margins, [-1.0, 1.0])
+        return validation_scores(EvalPrediction(predictions=logits, label_ids=np.ones(5, int)))["rank"]
+
+    assert (
+        rank(9, 9, -9, -9, 9) < rank(0.1, 0.1, 0.1, 0.1, -9) < rank(0.1, 0.1, 0.1, 0.1, -0.1) < rank(1, 1, 1, 1, -0.1)
+    )
 
 
 def test_number_of_classes_is_that_of_the_logits():

@@ -45,7 +45,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         for epoch, again in zip(one["epochs"], two["epochs"], strict=True):
             for loss in ("train_loss", "validation_loss"):
                 assert epoch[loss] == pytest.approx(again[loss], rel=1e-3), (name, epoch["epoch"])
-        assert one["test"] == two["test"]
+        assert one["test"] == two["test"] | {"loss": pytest.approx(two["test"]["loss"], rel=1e-3)}
         saved = (next((tmp_path / count / name / "seed_0/model").glob("*.safetensors")) for count in ("one", "two"))
         weights, again = map(load_file, saved)
         for key, weight in weights.items():

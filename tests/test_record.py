@@ -78,19 +78,26 @@ def test_names_and_commands_tell_nothing_of_this_machine(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "best"), [((0.9, 0.6, 0.8, 0.7), 2), ((0.5, 0.8, 0.8, 0.7), 1), ((0.5, 0.6, 0.7, 0.8), 3)]
+    ("accuracies", "losses", "best"),
+    [
+        ((0.9, 0.6, 0.8, 0.7), (0.1, 0.4, 0.4, 0.4), 2),
+        ((0.5, 0.8, 0.8, 0.8), (0.7, 0.5, 0.4, 0.6), 2),
+        ((0.5, 0.6, 0.7, 0.8), (0.7, 0.5, 0.5, 0.9), 3),
+    ],
 )
-def test_the_best_epoch_is_the_first_of_the_best_after_training(accuracies, best, tmp_path):
+def test_the_best_epoch_is_the_most_accurate_after_training_then_the_one_of_the_lowest_loss(
+    accuracies, losses, best, tmp_path
+):
     model = torch.nn.Linear(4, 2)
     history = []
-    for epoch, accuracy in enumerate(accuracies):
+    for epoch, (accuracy, loss) in enumerate(zip(accuracies, losses, strict=True)):
         history += [{"epoch": float(epoch), "seconds": 2.0 * (epoch > 0)}]
-        history += [{"epoch": float(epoch), "eval_validation_accuracy": accuracy, "eval_runtime": 9.0}]
+        history += [{"epoch": float(epoch), "eval_validation_accuracy": accuracy, "eval_validation_loss": loss}]
         history += [{"epoch": float(epoch), "eval_train_accuracy": accuracy}]
     trainer = SimpleNamespace(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters()),
-        args=SimpleNamespace(seed=7, output_dir=str(tmp_path)),
+        args=SimpleNamespace(seed=7, output_dir=str(tmp_path), num_train_epochs=3),
         state=SimpleNamespace(log_history=history),
         train_dataset=range(100),
         run_once_seconds=4.0,

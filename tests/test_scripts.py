@@ -19,6 +19,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from common import metrics
 from common.cli import UserError
 from common.data import load_reviews, tokenize
 from common.trainer import ReviewTrainer
@@ -355,20 +356,19 @@ def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_the_end(m
 
 
 def test_the_model_that_is_tested_and_kept_is_the_best_epochs(tmp_path, monkeypatch):
-    method, best = import_method("PEFT_LORA"), 2  # the others are alike
-    measured, accuracies = method.validation_scores, {0: 0.99, best: 0.9}
+    best, accuracies, losses = 2, (0.99, 0.9, 0.9, 0.9), (0.1, 0.5, 0.4, 0.6)  # the loss decides
+    measured = metrics.score
 
     def scores(prediction):
+        epoch = min(scores.calls // 2, 3)  # training reviews, then validation; after the last, test
         scores.calls += 1
-        return measured(prediction) | {"accuracy": accuracies.get((scores.calls - 1) // 2, 0.6)}  # train, validation
+        return measured(prediction) | {"accuracy": accuracies[epoch], "loss": losses[epoch]}
 
     scores.calls = 0
-    monkeypatch.setattr(method, "validation_scores", scores)
+    monkeypatch.setattr(metrics, "score", scores)
     watched = small_run("PEFT_LORA", tmp_path, "--epochs", "3")
     run = watched.record["runs"][0]
-    assert [epoch["validation_accuracy"] for epoch in run["epochs"]] == [
-        accuracies.get(epoch, 0.6) for epoch in range(4)
-    ]
+    assert [epoch["validation_accuracy"] for epoch in run["epochs"]] == list(accuracies)
     assert run["best_epoch"] == best
     steps = len(watched.rates) // 3
     chosen, last, kept = (
@@ -406,7 +406,7 @@ def test_another_methods_folder_is_neither_resumed_nor_overwritten(demos):
     folder = demos[0] / "NEW_HEAD"
     before = {path: path.stat().st_mtime_ns for path in folder.glob("seed_0/**/*")}
     for flags in ([], ["--resume"]):
-        with pytest.raises(UserError, match=f"--output_dir {folder}: its seed_0 is of NEW_HEAD, not of LAST_LAYER"):
+        with pytest.raises(UserError, match=f"--output_dir {folder}: its seed_0 was not left by LAST_LAYER"):
             import_method("LAST_LAYER").main(["--demo", "--epochs", "2", "--output_dir", str(folder), *flags])
     assert before and {path: path.stat().st_mtime_ns for path in folder.glob("seed_0/**/*")} == before
 

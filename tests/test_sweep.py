@@ -36,7 +36,10 @@ def test_the_record_holds_every_combination(tmp_path, monkeypatch):
         def main(self, argv):
             self.commands += (argv,)
             best = {"epoch": 1, "validation_accuracy": 0.8 + 0.1 * len(self.commands), "validation_loss": 0.5}
-            runs = [{"best_epoch": 1, "epochs": [{}, best]}, {"best_epoch": 0, "epochs": [best | {"epoch": 0}]}]
+            runs = [
+                {"best_epoch": 1, "epochs": [{"epoch": 0}, best]},
+                {"best_epoch": 0, "epochs": [best | {"epoch": 0}]},
+            ]
             return {"runs": runs, "config": {"demo": False, "max_train_samples": None}}
 
     method = Method()

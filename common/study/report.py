@@ -116,7 +116,7 @@ def result(folder: Path, _: list[str]) -> str:
         [
             f"seed {run['seed']}",
             run["best_epoch"],
-            f"{100 * run['epochs'][run['best_epoch']]['validation_accuracy']:.2f}",
+            f"{100 * chosen['validation_accuracy']:.2f}",
             f"{100 * run['test']['accuracy']:.2f}",
             f"{100 * run['test']['f1']:.2f}",
             f"{run['train_seconds']:.1f}",
@@ -124,6 +124,8 @@ def result(folder: Path, _: list[str]) -> str:
             f"{run['peak_memory_bytes'] / 1e9:.2f}",
         ]
         for run in record["runs"]
+        for chosen in run["epochs"]
+        if chosen["epoch"] == run["best_epoch"]
     ]
     summary = record["summary"]
     accuracy, f1 = (spread(summary[name], decimals=2) for name in ("test_accuracy", "test_f1"))

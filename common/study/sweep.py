@@ -68,7 +68,7 @@ def variants(method: ModuleType) -> dict[str, contextlib.AbstractContextManager]
 
 def validation_result(record: dict) -> dict:
     """What validation says of a run: means over its seeds, at their best epochs."""
-    best = [seed["epochs"][seed["best_epoch"]] for seed in record["runs"]]
+    best = [epoch for seed in record["runs"] for epoch in seed["epochs"] if epoch["epoch"] == seed["best_epoch"]]
     return {
         "validation_accuracy": statistics.mean(epoch["validation_accuracy"] for epoch in best),
         "validation_loss": statistics.mean(epoch["validation_loss"] for epoch in best),

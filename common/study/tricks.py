@@ -33,12 +33,12 @@ from common.study.scripts import METHODS, STOCK_FEEDING, prepare, script, some_r
 
 ALL = "all"
 FEEDING, FLASH, NORM = "batches cut on the device", "flash attention for padded batches", "LayerNorm outside autocast"
-CASTS, STEPS, STORED = "no casts by PEFT", "widths in steps of 8", "outputs stored"
+CASTS, STORED = "no casts by PEFT", "outputs stored"
 UNFILLED, UNCOUNTED = "new memory not filled", "operations not counted"
 TRICKS = {
     "NEW_HEAD": (STORED, FLASH, NORM),
     "LAST_LAYER": (FEEDING, FLASH, NORM),
-    "PEFT_LORA": (FEEDING, FLASH, NORM, CASTS, STEPS, UNFILLED, UNCOUNTED),
+    "PEFT_LORA": (FEEDING, FLASH, NORM, CASTS, UNFILLED, UNCOUNTED),
     "PEFT_QLORA": (FEEDING, FLASH, NORM, CASTS),
 }
 
@@ -51,7 +51,7 @@ def without(trick: str, method: ModuleType) -> contextlib.AbstractContextManager
         get_train_dataloader = Trainer.get_train_dataloader
 
         def __init__(self, *args, **kwargs):
-            collator = DataCollatorWithPadding(kwargs["processing_class"], pad_to_multiple_of=trainer.WIDTH_STEP)
+            collator = DataCollatorWithPadding(kwargs["processing_class"], pad_to_multiple_of=8)
             super().__init__(*args, data_collator=collator, **kwargs)
 
     @contextlib.contextmanager
@@ -76,7 +76,6 @@ def without(trick: str, method: ModuleType) -> contextlib.AbstractContextManager
         FLASH: lambda: patch.object(method, "speed_up", plain_attention),
         NORM: lambda: patch.object(speed, "LayerNormOutsideAutocast", nn.LayerNorm),
         CASTS: lambda: patch.object(trainer, "disable_input_dtype_casting", contextlib.nullcontext),
-        STEPS: lambda: patch.object(trainer, "WIDTH_STEP", 1),
         STORED: lambda: patch.object(method, "build_model", lambda *given: (*build_model(*given)[:2], None)),
         UNFILLED: filled,
         UNCOUNTED: lambda: patch.object(trainer.ReviewTrainer, "floating_point_ops", Trainer.floating_point_ops),

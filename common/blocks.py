@@ -1,4 +1,4 @@
-"""Which parts of a backbone low-rank updates go to."""
+"""The Transformer blocks of a backbone, and their query and value projections, found by their structure."""
 
 import re
 
@@ -7,7 +7,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from common.cli import UserError
-from common.model import transformer_blocks
+
+
+def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The backbone's Transformer blocks, first to last.
+
+    Raises UserError where the architecture has no such list (ALBERT shares one block, XLM has a list for every part).
+    """
+    depth, lists = model.config.num_hidden_layers, []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not inside:
+            lists.append((name, module))
+    if len(lists) != 1:
+        raise UserError(
+            f"--model {model.config._name_or_path}: no list of {depth} Transformer blocks was found in "
+            f"{type(model).__name__}; needs an architecture that keeps its blocks apart"
+        )
+    return lists[0][1]
 
 
 def attention_projections(model: PreTrainedModel) -> list[str]:
