@@ -29,7 +29,7 @@ SCRIPT = script("LAST_LAYER")
 class Config(SCRIPT.Config):
     """The command line: that of the script, with a learning rate of its own."""
 
-    learning_rate: float = HfArg(default=1e-4, help="Peak of the schedule.")
+    learning_rate: float = HfArg(default=1e-4, help="Peak of the schedule, chosen on validation.")
 
 
 def build_model(config: Config, labels: dict) -> tuple:
