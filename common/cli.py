@@ -36,7 +36,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # the preflight says what matters of their reports on loading
-    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, and costs 13% of the speed
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, and costs 8% of the speed
     if "LOCAL_RANK" not in os.environ:  # one process, one GPU; torchrun starts a process for each
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # the first one decides for the process

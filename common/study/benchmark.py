@@ -149,28 +149,24 @@ def silence() -> None:
         os.dup2(nowhere, output.fileno())
 
 
-def compare(methods: list[str], job: dict, rounds: int) -> dict[str, dict]:
-    """For each method the values of all rounds, and the ratios of ours to the other sides."""
+def compare(method: str, job: dict, rounds: int) -> dict:
+    """The values of all rounds for each side of `method`, and the ratios of ours to the other sides."""
+    sides, jobs = {side: {} for side in SIDES}, {side: job | {"method": method, "side": side} for side in SIDES}
     with contextlib.ExitStack() as stack:
-        processes, warm_ups = {}, []
-        for method, side in itertools.product(methods, SIDES):  # all get ready at once
-            process = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), initializer=silence))
-            processes[method, side] = process
-            warm_ups.append(process.submit(measure, job | {"method": method, "side": side}, warm_up=True))
-        wait(warm_ups)
-        found = {method: {side: {} for side in SIDES} for method in methods}
-        for method, _, side in itertools.product(methods, range(rounds), SIDES):
-            result = processes[method, side].submit(measure, job | {"method": method, "side": side}).result()
+        pools = [ProcessPoolExecutor(1, get_context("spawn"), initializer=silence) for _ in SIDES]
+        processes = dict(zip(SIDES, map(stack.enter_context, pools), strict=True))
+        wait([processes[side].submit(measure, jobs[side], warm_up=True) for side in SIDES])
+        for _, side in itertools.product(range(rounds), SIDES):
+            result = processes[side].submit(measure, jobs[side]).result()
             print(method, side, json.dumps(result), flush=True)
             for name, value in result.items():
-                found[method][side].setdefault(name, []).append(value)
-    for sides in found.values():
-        sides["ratios"] = {}
-        for side in ("usual", "careful"):
-            speeds = (sides[name]["reviews_per_second"] for name in ("ours", side))
-            ratios = [ours / other for ours, other in zip(*speeds, strict=True)]
-            sides["ratios"][side] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    return found
+                sides[side].setdefault(name, []).append(value)
+    found = {}
+    for side in ("usual", "careful"):
+        speeds = (sides[name]["reviews_per_second"] for name in ("ours", side))
+        ratios = [ours / other for ours, other in zip(*speeds, strict=True)]
+        found[side] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return sides | {"ratios": found}
 
 
 def whole_command(model: str, dataset: str) -> dict:
@@ -200,10 +196,6 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     reviews = some_reviews(args.dataset, args.reviews)
     revision = default.model_revision if args.model == default.model else None
-    with TemporaryDirectory() as folder:
-        reviews.save_to_disk(folder)
-        job = {"model": args.model, "revision": revision, "max_length": args.max_length, "epochs": args.epochs}
-        methods = compare(args.methods, job | {"reviews": folder}, args.rounds)
     record = {
         "command": command_line("-m common.study.benchmark", argv),
         "model": public_name(args.model),
@@ -211,19 +203,24 @@ def main(argv: list[str] | None = None) -> dict:
         "reviews": len(reviews["train"]),
         "epochs": args.epochs,
         "max_length": args.max_length,
-        "methods": methods,
+        "methods": {},
         "whole_command": whole_command(args.model, args.dataset) if args.whole else None,
         "environment": environment(),
     }
-    for method, sides in methods.items():
+    with TemporaryDirectory() as folder:
+        reviews.save_to_disk(folder)
+        job = {"model": args.model, "revision": revision, "max_length": args.max_length, "epochs": args.epochs}
+        for method in args.methods:  # what is measured is kept, should the next one not end
+            record["methods"][method] = compare(method, job | {"reviews": folder}, args.rounds)
+            if args.json:
+                write_json(record, args.json)
+    for method, sides in record["methods"].items():
         for side in SIDES:
             speed, memory = map(statistics.median, sides[side].values())
             title = f"{method:<12}{side:<9}{speed:>10,.1f} reviews/s{memory / 1e9:>7.2f} GB"
             ratio = "   ours is {median:.2f} ({min:.2f} to {max:.2f}) times as fast"
             print(title + (ratio.format(**sides["ratios"][side]) if side in sides["ratios"] else ""))
     print(record["whole_command"] or "")
-    if args.json:
-        write_json(record, args.json)
     return record
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.record import ROOT, spread
 from common.study.comparison import draw_comparison
-from common.study.tricks import ALL, worth
+from common.study.tricks import ALL, TRICKS, worth
 
 BLOCK = re.compile(r"(?P<start><!-- (?P<name>\w+)(?P<words>[^>]*) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 UNMEASURED = "_Not measured yet._\n"
@@ -221,8 +221,8 @@ def tricks(root: Path, _: list[str]) -> str:
         return UNMEASURED
     rows = []
     for name, found in record["methods"].items():
-        for trick, values in found.items():
-            speed, memory = map(statistics.median, values.values())
+        for trick in (ALL, *TRICKS[name]):
+            speed, memory = map(statistics.median, found[trick].values())
             slower = "" if trick == ALL else "{speed:.2f} ({min:.2f} to {max:.2f})".format(**worth(found, trick))
             left_out = "nothing" if trick == ALL else trick
             rows.append([f"{name}: {left_out}", f"{speed:,.0f}", slower, f"{memory / 1e9:.2f}"])

@@ -34,11 +34,11 @@ from common.study.scripts import METHODS, STOCK_FEEDING, prepare, script, some_r
 ALL = "all"
 FEEDING, FLASH, NORM = "batches cut on the device", "flash attention for padded batches", "LayerNorm outside autocast"
 CASTS, STORED = "no casts by PEFT", "outputs stored"
-UNFILLED, UNCOUNTED = "new memory not filled", "operations not counted"
+UNFILLED = "new memory not filled"
 TRICKS = {
     "NEW_HEAD": (STORED, FLASH, NORM),
     "LAST_LAYER": (FEEDING, FLASH, NORM),
-    "PEFT_LORA": (FEEDING, FLASH, NORM, CASTS, UNFILLED, UNCOUNTED),
+    "PEFT_LORA": (FEEDING, FLASH, NORM, CASTS, UNFILLED),
     "PEFT_QLORA": (FEEDING, FLASH, NORM, CASTS),
 }
 
@@ -78,7 +78,6 @@ def without(trick: str, method: ModuleType) -> contextlib.AbstractContextManager
         CASTS: lambda: patch.object(trainer, "disable_input_dtype_casting", contextlib.nullcontext),
         STORED: lambda: patch.object(method, "build_model", lambda *given: (*build_model(*given)[:2], None)),
         UNFILLED: filled,
-        UNCOUNTED: lambda: patch.object(trainer.ReviewTrainer, "floating_point_ops", Trainer.floating_point_ops),
     }[trick]()
 
 
