@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -142,8 +142,10 @@ def measure(job: dict, warm_up: bool = False) -> dict:
     return {"reviews_per_second": speed, "peak_memory_bytes": peak_memory()}
 
 
-def silence() -> None:
-    """No output from this process."""
+def prepare_process() -> None:
+    """No output from this process; and its own workers start as is usual here, not spawned as it was itself: each would
+    import everything anew."""
+    set_start_method(None, force=True)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for output in (sys.stdout, sys.stderr):
         os.dup2(nowhere, output.fileno())
@@ -153,7 +155,7 @@ def compare(method: str, job: dict, rounds: int) -> dict:
     """The values of all rounds for each side of `method`, and the ratios of ours to the other sides."""
     sides, jobs = {side: {} for side in SIDES}, {side: job | {"method": method, "side": side} for side in SIDES}
     with contextlib.ExitStack() as stack:
-        pools = [ProcessPoolExecutor(1, get_context("spawn"), initializer=silence) for _ in SIDES]
+        pools = [ProcessPoolExecutor(1, get_context("spawn"), initializer=prepare_process) for _ in SIDES]
         processes = dict(zip(SIDES, map(stack.enter_context, pools), strict=True))
         wait([processes[side].submit(measure, jobs[side], warm_up=True) for side in SIDES])
         for _, side in itertools.product(range(rounds), SIDES):
