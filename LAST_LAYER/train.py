@@ -20,8 +20,8 @@ from transformers.hf_argparser import HfArg
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))  # so that `common` is found wherever this is started from
 
-from common.cli import parse_config, processes, run
-from common.data import load_reviews, tokenize, training_sample
+from common.cli import fit_to_size, parse_config, processes, run
+from common.data import ENOUGH_TO_CHOOSE, load_reviews, tokenize, training_sample
 from common.metrics import score, validation_scores
 from common.model import compute_dtype, label_config, load_tokenizer, trainable_state
 from common.preflight import preflight
@@ -49,8 +49,16 @@ class Config:
         help="Commit, tag or branch of the data set on the Hub; of another --dataset than the default, main.",
     )
     max_length: int = HfArg(default=512, help="Tokens per review; longer reviews are truncated at the start.")
-    epochs: int = HfArg(default=5, help="Passes over the training reviews. The best on validation is kept.")
-    batch_size: int = HfArg(default=128, help="Reviews per update, over all processes and accumulation steps.")
+    epochs: int | None = HfArg(
+        default=None,
+        help="Passes over the training reviews. The best on validation is kept; if that is small, the last. "
+        "[5; with few reviews as many as make 600 updates]",
+    )
+    batch_size: int | None = HfArg(
+        default=None,
+        help="Reviews per update, over all processes and accumulation steps. "
+        "[128; with fewer than 16,384 reviews 64, 32 or 16]",
+    )
     gradient_accumulation_steps: int | None = HfArg(
         default=None,
         help="Steps per update: with 4, a quarter of the batch is in memory at a time. "
@@ -58,7 +66,8 @@ class Config:
     )
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One run for each.")
     max_train_samples: int | None = HfArg(
-        default=None, help="Use a random, stratified subset of the training reviews, validation included."
+        default=None,
+        help="Use a random, stratified subset of the training reviews, validation included; another for every seed.",
     )
     max_test_samples: int | None = HfArg(default=None, help="Use a random, stratified subset of the test reviews.")
     output_dir: str | None = HfArg(
@@ -119,7 +128,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         per_device_eval_batch_size=2 * config.batch_size // config.gradient_accumulation_steps,
         save_strategy="epoch",
         save_total_limit=2,  # the best and the last
-        load_best_model_at_end=True,
+        load_best_model_at_end=len(data["validation"]) >= ENOUGH_TO_CHOOSE,  # else the last epoch stays
         metric_for_best_model="validation_rank",  # accuracy, then loss
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # it would make the host wait for the GPU in every step
@@ -151,13 +160,16 @@ def main(argv: list[str] | None = None) -> dict:
     """Run every seed, write the record and draw the charts. Returns the record."""
     config = parse_config(Config, FOLDER, argv)
     tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
-    with PartialState().local_main_process_first():  # the other processes find its cache
-        reviews, fingerprint = load_reviews(
-            config.dataset, config.dataset_revision, config.max_train_samples, config.max_test_samples
-        )
-        data = tokenize(reviews, tokenizer, config.max_length)
-    classes = reviews["train"].features["label"].names
-    runs = [train(config, seed, tokenizer, data, fingerprint, classes) for seed in config.seeds]
+    runs = []
+    for seed in config.seeds:
+        with PartialState().local_main_process_first():  # the other processes find its cache
+            reviews, fingerprint = load_reviews(
+                config.dataset, config.dataset_revision, config.max_train_samples, config.max_test_samples, seed
+            )
+            data = tokenize(reviews, tokenizer, config.max_length)
+        config = fit_to_size(config, len(data["train"]))
+        classes = reviews["train"].features["label"].names
+        runs.append(train(config, seed, tokenizer, data, fingerprint, classes))
     return publish(FOLDER, argv, config, data, fingerprint, runs)
 
 

@@ -11,11 +11,15 @@ from pathlib import Path
 # What --demo changes beside --model and --dataset: as much as its short reviews and tiny model need.
 DEMO_SETTINGS = {
     "max_length": 64,
+    "epochs": 5,
     "batch_size": 32,
     "gradient_accumulation_steps": 1,
     "learning_rate": 2e-3,
     "seeds": [0],
 }
+
+
+UPDATES = 600  # at least, where --epochs is not given
 
 
 class UserError(Exception):
@@ -69,14 +73,28 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
         other, revision = getattr(config, name) != parser.get_default(name), f"{name}_revision"
         if other and getattr(config, revision) == parser.get_default(revision):
             setattr(config, revision, None)
-    if config.gradient_accumulation_steps is None:
-        # On a CPU 16 reviews at a time are faster than 128: what a layer leaves is still in the cache for the next.
-        steps = 1 if torch.accelerator.is_available() else max(1, config.batch_size // 16)
-        config.gradient_accumulation_steps = math.gcd(steps, config.batch_size // processes())
     model = Path(config.model).expanduser()
     if model.is_dir():  # an adapter remembers its backbone, and may be loaded from another folder
         config.model = str(model.absolute())
     return config
+
+
+def fit_to_size(config, reviews: int):
+    """A copy of `config` in which what the user left open suits the number of training reviews.
+
+    batch_size: about its square root, a power of two from 16 to 128. epochs: 5, or as many as make 600 updates: a
+    hundred reviews need many passes. On a CPU the steps are of 16 reviews.
+    """
+    import torch
+
+    parts = (config.gradient_accumulation_steps or 1) * processes()
+    root = 2 ** int(math.log2(reviews) / 2)
+    size = config.batch_size or math.ceil(min(max(root, 16), 128) / parts) * parts
+    epochs = config.epochs or max(5, math.ceil(UPDATES / math.ceil(reviews / size)))
+    # On a CPU 16 reviews at a time are faster than 128: what a layer leaves is still in the cache for the next.
+    small = 1 if torch.accelerator.is_available() else max(1, size // 16)
+    steps = config.gradient_accumulation_steps or math.gcd(small, size // processes())
+    return dataclasses.replace(config, batch_size=size, epochs=epochs, gradient_accumulation_steps=steps)
 
 
 def processes() -> int:
@@ -109,7 +127,7 @@ def _check(config) -> None:
     if any(not 0 <= seed < 2**32 for seed in config.seeds) or len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"--seeds {' '.join(map(str, config.seeds))}: must be different integers from 0 to 2**32 - 1")
     parts = (config.gradient_accumulation_steps or 1) * processes()
-    if config.batch_size % parts:
+    if config.batch_size and config.batch_size % parts:
         raise UserError(
             f"--batch_size {config.batch_size}: must be a multiple of {parts}, the accumulation steps times processes"
         )

@@ -19,6 +19,7 @@ from torch.utils.data import Subset
 from common.cli import UserError
 from common.hub import OFFLINE, check_hub
 
+ENOUGH_TO_CHOOSE = 200  # validation reviews; by fewer the best epoch is a matter of luck
 AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}  # "NA" and "null" are texts; only nothing is missing
 FILE_BUILDERS = {  # of load_dataset
     ".parquet": ("parquet", {}),
@@ -35,12 +36,13 @@ def load_reviews(
     revision: str | None = None,
     max_train_samples: int | None = None,
     max_test_samples: int | None = None,
+    seed: int = 0,
 ) -> tuple[DatasetDict, str]:
     """Splits "train", "validation" and "test" with columns `text` (str) and `label` (ClassLabel), and a fingerprint.
 
-    source: what `--dataset` takes. max_*_samples: a random, stratified subset, always the same; validation is split
-    off what is left of the training reviews. The fingerprint is the SHA-256 of all the training and test reviews,
-    before any subset: the same for the same reviews, whatever their order or file format.
+    source: what `--dataset` takes. max_*_samples: a random, stratified subset, of the training reviews another one for
+    each `seed`; validation is split off it. The fingerprint is the SHA-256 of all the training and test reviews, no
+    subset: the same for the same reviews, whatever their order or file format.
     Raises UserError where the source cannot be read or used.
     """
     splits = _with_class_labels(_read(source, revision), source)
@@ -53,11 +55,11 @@ def load_reviews(
     ]
     fingerprint = hashlib.sha256("\n".join(sorted(listing)).encode()).hexdigest()
 
-    train_rows = stratified_rows(labels["train"], max_train_samples, seed=0)
-    held_out = np.array([in_validation(digests["train"][row]) for row in train_rows])
+    rows = stratified_rows(labels["train"], max_train_samples, seed)
+    held = in_validation([digests["train"][row] for row in rows], [labels["train"][row] for row in rows])
     data = DatasetDict(
-        train=splits["train"].select(train_rows[~held_out]),
-        validation=splits["train"].select(train_rows[held_out]),
+        train=splits["train"].select(rows[~held]),
+        validation=splits["train"].select(rows[held]),
         test=splits["test"].select(stratified_rows(labels["test"], max_test_samples, seed=0)),
     )
     for split, size in (("train", max_train_samples), ("validation", max_train_samples), ("test", max_test_samples)):
@@ -68,10 +70,20 @@ def load_reviews(
     return data, fingerprint
 
 
-def in_validation(digest: bytes) -> bool:
-    """Whether the review with this SHA-256 is held out for validation, as a tenth of the training reviews is: by its
-    text alone, so that the order of the rows does not matter and all copies of a review are on the same side."""
-    return int.from_bytes(digest[:8], "big") % 10 == 0
+def in_validation(digests: list[bytes], labels: list[int]) -> np.ndarray:
+    """Which training reviews are held out for validation, about a tenth; bool, (reviews,). digests: their SHA-256.
+
+    The text alone decides, so that the order of the rows does not matter and all copies of a review are on the same
+    side. Of a class with 1,000 reviews a digest of ten is held out; of a smaller one, where chance could leave none,
+    the tenth with the lowest digests.
+    """
+    numbers = np.array([int.from_bytes(digest[:8], "big") for digest in digests], dtype=np.uint64)
+    held, labels = numbers % 10 == 0, np.asarray(labels)
+    for label, size in zip(*np.unique(labels, return_counts=True), strict=True):
+        if size < 1000:
+            of_class = numbers[labels == label]
+            held[labels == label] = of_class <= np.sort(of_class)[max(1, round(size / 10)) - 1]
+    return np.isin(numbers, numbers[held])
 
 
 def stratified_rows(labels: list[int], size: int | None, seed: int) -> np.ndarray:

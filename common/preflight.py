@@ -32,7 +32,8 @@ def preflight(config, trainer: Trainer, new: list[str]) -> None:
         "Frozen": f"all the rest, {total - trainable:,} parameters, in "
         + ", ".join([str(dtype).removeprefix("torch.") for dtype in frozen] + ["4 bits"] * (quantized > 0)),
         "Reviews": f"{len(truncated):,} to train on, {sum(truncated) / len(truncated):.1%} of them truncated to "
-        f"{config.max_length} tokens; {updates} updates in each of {config.epochs} epochs",
+        f"{config.max_length} tokens; batches of {config.batch_size}: {updates} updates in each of "
+        f"{config.epochs} epochs, {updates * config.epochs:,} in all",
         "Device": f"{args.device.type} in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}, "
         f"processes: {args.world_size}, seed: {args.seed}",
     }

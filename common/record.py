@@ -94,12 +94,16 @@ def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: floa
     epochs = list(epochs.values())
     # As Trainer chooses it; epoch 0 is no candidate.
     best = max(epochs[1:], key=lambda epoch: (epoch["validation_accuracy"], -epoch["validation_loss"]))
+    if not trainer.args.load_best_model_at_end:
+        best = epochs[-1]
     train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
     folder = Path(trainer.args.output_dir)
     trainable, total = count_parameters(trainer.model)
     peak = peak_memory()
     record = {
         "seed": trainer.args.seed,
+        "train_reviews": len(trainer.train_dataset),
+        "train_sha256": trainer.tensors_of(trainer.train_dataset).sha256(),  # which ones: --max_train_samples draws
         "epochs": epochs,
         "best_epoch": best["epoch"],
         "untrained_test": {name: untrained_test[name] for name in ("accuracy", "f1")},

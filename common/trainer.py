@@ -7,6 +7,7 @@ Measured on one H200 (all-MiniLM-L6-v2, LoRA, batch 128): 1.4 times the speed of
 length from 8 processes. That PEFT casts no inputs is worth 8% of the memory.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -42,6 +43,10 @@ class ReviewTensors(Dataset):
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def sha256(self) -> str:
+        """Of the reviews' tokens, in their order."""
+        return hashlib.sha256(self.input_ids.cpu().numpy().tobytes()).hexdigest()
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         width = int(self.lengths[rows].max())  # known on the host: nothing here waits for the device

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from conftest import ROOT, import_method
 
 import common.demo
-from common.cli import UserError, parse_config, run
+from common.cli import UserError, fit_to_size, parse_config, run
 from common.model import load_tokenizer
 
 FOLDER = Path(tempfile.gettempdir()) / "SOME_METHOD"
@@ -172,7 +172,7 @@ def test_demo_needs_nothing_else(demo_built):
     assert config.output_dir == str(FOLDER / "runs/demo")
     assert [config.model, config.dataset] == [str(demo_built[0] / name) for name in ("tiny-bert", "generated-reviews")]
     assert config.model_revision is config.dataset_revision is None
-    assert config.max_length < usual.max_length and config.batch_size < usual.batch_size and config.seeds == [0]
+    assert config.max_length < usual.max_length and config.batch_size and config.epochs and config.seeds == [0]
 
 
 def test_flags_by_hand_win_over_the_demo(demo_built):
@@ -370,4 +370,26 @@ def test_decoder_without_padding_token_gets_one(tmp_path, demo):
 )
 def test_a_cpu_takes_smaller_steps(gpu, flags, steps, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: gpu)
-    assert parse(flags).gradient_accumulation_steps == steps
+    assert fit_to_size(parse(flags), 22_546).gradient_accumulation_steps == steps
+
+
+# The number of reviews
+
+
+@pytest.mark.parametrize(
+    ("reviews", "size", "epochs"),
+    [(22_546, 128, 5), (16_384, 128, 5), (9_000, 64, 5), (2_880, 32, 7), (900, 16, 11), (90, 16, 100), (20, 16, 300)],
+)
+def test_few_reviews_make_small_batches_and_many_updates(reviews, size, epochs, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    config = fit_to_size(parse(), reviews)
+    assert (config.batch_size, config.epochs, config.gradient_accumulation_steps) == (size, epochs, 1)
+    assert config.epochs * -(-reviews // config.batch_size) >= 600
+
+
+def test_what_the_user_sets_stays(monkeypatch):
+    config = fit_to_size(parse("--epochs 2 --batch_size 50 --gradient_accumulation_steps 5"), 90)
+    assert (config.epochs, config.batch_size, config.gradient_accumulation_steps) == (2, 50, 5)
+    assert fit_to_size(parse("--batch_size 45"), 90).epochs == 300
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert fit_to_size(parse("--gradient_accumulation_steps 2"), 90).batch_size == 18, "a share for every process"

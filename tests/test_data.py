@@ -82,8 +82,8 @@ def pairs(*splits: Dataset) -> list[tuple[str, int]]:
     return sorted((row["text"], row["label"]) for split in splits for row in split)
 
 
-def texts(split: Dataset) -> set[str]:
-    return set(split["text"][:])
+def texts(*splits: Dataset) -> set[str]:
+    return {text for split in splits for text in split["text"][:]}
 
 
 def refuse(source, pattern: str = "^--", **options) -> str:
@@ -227,23 +227,37 @@ def test_class_number_of_a_missing_label(tmp_path, missing):
 # Validation
 
 
+def digests(*texts: str) -> list[bytes]:
+    return [hashlib.sha256(text.encode()).digest() for text in texts]
+
+
 def test_validation_is_a_tenth_by_the_text_alone(tmp_path):
-    rows = films(1000)
+    rows = films(6000)
     validation = texts(load_reviews(write_reviews(tmp_path / "reviews", train=rows))[0]["validation"])
-    assert 80 <= len(validation) <= 120
-    others = [{**row, "label": 1 - row["label"]} for row in rows[::-3]] + make_rows("other", 50)
+    assert 500 <= len(validation) <= 700
+    others = [{**row, "label": 1 - row["label"]} for row in rows[2000:][::-1]]
     again = texts(load_reviews(write_reviews(tmp_path / "others", "csv", others, rows))[0]["validation"])
-    kept = {row["text"] for row in others}
-    assert again & validation == kept & validation == {text for text in again if text.startswith("film")}
+    assert again == {row["text"] for row in others} & validation
 
 
 def test_validation_stays_the_same_in_every_version():
-    held_out = [number for number in range(60) if in_validation(hashlib.sha256(b"film %d" % number).digest())]
-    assert held_out == [12, 18, 33, 35, 45]
+    names = [f"film {number}" for number in range(1000)]
+    held_out = np.flatnonzero(in_validation(digests(*names), [0] * 1000))
+    assert held_out[:5].tolist() == [12, 18, 33, 35, 45]
+    assert np.flatnonzero(in_validation(digests(*names[:20]), [0] * 20)).tolist() == [2, 15]
+
+
+@pytest.mark.parametrize("sizes", [(30, 70), (4, 996), (14, 1500, 5)])
+def test_every_small_class_gives_validation_a_tenth(sizes):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    held = in_validation(digests(*map(str, range(len(labels)))), labels)
+    for label, size in enumerate(sizes):
+        share = held[labels == label].sum()
+        assert share == max(1, round(size / 10)) if size < 1000 else 100 < share < 200
 
 
 def test_copies_of_a_review_are_never_on_both_sides(tmp_path):
-    rows = films(100) * 2 + [{**row, "label": 1 - row["label"]} for row in films(50)]
+    rows = films(100) * 3 + [{**row, "label": 1 - row["label"]} for row in films(50)]
     reviews, _ = load_reviews(write_reviews(tmp_path / "reviews", train=rows))
     assert not texts(reviews["train"]) & texts(reviews["validation"])
     assert pairs(reviews["train"], reviews["validation"]) == pairs(rows)
@@ -277,13 +291,15 @@ def test_subset_of_everything_keeps_the_order(size):
 def test_subsets_of_sorted_reviews(tmp_path):
     source = write_reviews(tmp_path / "reviews", train=make_rows("train", 400), test=make_rows("test", 40))
     everything, _ = load_reviews(source)
-    first, same = (load_reviews(source, max_train_samples=200, max_test_samples=10)[0] for _ in range(2))
+    first, same, other = (load_reviews(source, None, 200, 10, seed)[0] for seed in (3, 3, 4))
+    assert len(texts(first["train"]) & texts(other["train"])) < 120 and pairs(first["test"]) == pairs(other["test"])
     labels = [label for _, label in pairs(first["train"], first["validation"])]
     assert labels.count(0) == labels.count(1) == 100
     assert first["test"]["label"][:].count(0) == first["test"]["label"][:].count(1) == 5
     for split in SPLITS:
         assert pairs(first[split]) == pairs(same[split])
-        assert texts(first[split]) < texts(everything[split])
+    assert texts(first["train"], first["validation"]) < texts(everything["train"], everything["validation"])
+    assert texts(first["test"]) < texts(everything["test"])
 
 
 # Tokens
@@ -506,13 +522,12 @@ def test_test_label_that_train_lacks(tmp_path):
     assert line == f"--dataset {source}: label 7 of the test split is not in the train split, which has: 0, 1"
 
 
-@pytest.mark.parametrize(("size", "split"), [(1, "train"), (4, "validation"), (None, "validation")])
-def test_too_few_reviews(tmp_path, size, split):
-    rows = films(12)  # none of them for validation
-    source = write_reviews(tmp_path / "reviews", train=rows)
+@pytest.mark.parametrize(("rows", "size"), [(12, 3), (2, None)])  # validation gets one of every class
+def test_too_few_reviews(tmp_path, rows, size):
+    source = write_reviews(tmp_path / "reviews", train=films(rows))
     line = refuse(source, max_train_samples=size)
     cause = f"--max_train_samples {size}" if size else f"--dataset {source}"
-    assert re.match(f"{re.escape(cause)}: leaves (the )?{split} .*at least 100", line)
+    assert re.match(f"{re.escape(cause)}: leaves train .*at least 100", line)
 
 
 @pytest.mark.parametrize("damage", ["no parquet", "cut", "zeroed", "no rows"])

@@ -78,15 +78,16 @@ def test_names_and_commands_tell_nothing_of_this_machine(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "losses", "best"),
+    ("accuracies", "losses", "chosen", "best"),
     [
-        ((0.9, 0.6, 0.8, 0.7), (0.1, 0.4, 0.4, 0.4), 2),
-        ((0.5, 0.8, 0.8, 0.8), (0.7, 0.5, 0.4, 0.6), 2),
-        ((0.5, 0.6, 0.7, 0.8), (0.7, 0.5, 0.5, 0.9), 3),
+        ((0.9, 0.6, 0.8, 0.7), (0.1, 0.4, 0.4, 0.4), True, 2),
+        ((0.5, 0.8, 0.8, 0.8), (0.7, 0.5, 0.4, 0.6), True, 2),
+        ((0.5, 0.6, 0.7, 0.8), (0.7, 0.5, 0.5, 0.9), True, 3),
+        ((0.5, 0.9, 0.7, 0.8), (0.7, 0.1, 0.5, 0.9), False, 3),
     ],
 )
 def test_the_best_epoch_is_the_most_accurate_after_training_then_the_one_of_the_lowest_loss(
-    accuracies, losses, best, tmp_path
+    accuracies, losses, chosen, best, tmp_path
 ):
     model = torch.nn.Linear(4, 2)
     history = []
@@ -97,11 +98,12 @@ def test_the_best_epoch_is_the_most_accurate_after_training_then_the_one_of_the_
     trainer = SimpleNamespace(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters()),
-        args=SimpleNamespace(seed=7, output_dir=str(tmp_path), num_train_epochs=3),
+        args=SimpleNamespace(seed=7, output_dir=str(tmp_path), num_train_epochs=3, load_best_model_at_end=chosen),
         state=SimpleNamespace(log_history=history),
         train_dataset=range(100),
         run_once_seconds=4.0,
         padding_percent=lambda: 1.5,
+        tensors_of=lambda reviews: SimpleNamespace(sha256=lambda: "digest"),
         is_world_process_zero=lambda: True,
     )
     scores = {"accuracy": 0.5, "f1": 0.25}
@@ -146,7 +148,7 @@ def test_a_new_run_starts_from_an_empty_folder_and_resume_from_what_is_there(con
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 9}, "--epochs 5, not 9"),
+        ({"epochs": 9}, "--epochs None, not 9"),
         ({"fingerprint": "other"}, "--dataset .* SHA-256 fingerprint, not .* other"),
         ({"method": "OTHER"}, "--method METHOD, not OTHER"),
         ({"seeds": [0, 5], "report_to": "all", "output_dir": "{}/../out/"}, None),

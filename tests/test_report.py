@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.plotting import digest
 from common.study import report
-from common.study.tricks import ALL
+from common.study.tricks import ALL, FLASH
 
 README = "Before.\n<!-- results B A -->\nold\n<!-- end -->\nBetween.\n<!-- charts B A -->\n<!-- end -->\nAfter.\n"
 METHOD_README = (
@@ -258,13 +258,19 @@ def test_the_benchmark_and_the_whole_command(project):
 def test_the_table_of_tricks(project):
     found = {
         ALL: {"reviews_per_second": [6000, 6000], "peak_memory_bytes": [4e9, 4e9]},
-        "a trick": {"reviews_per_second": [5000, 4000], "peak_memory_bytes": [5e9, 5e9]},
+        FLASH: {"reviews_per_second": [5000, 4000], "peak_memory_bytes": [5e9, 5e9]},
+        "a trick that the code has no longer": {"reviews_per_second": [1, 1], "peak_memory_bytes": [1, 1]},
     }
-    content = {"environment": {"gpu": "G1", "commit": "0" * 40}, "command": "python t", "methods": {"A": found}}
+    content = {
+        "environment": {"gpu": "G1", "commit": "0" * 40},
+        "command": "python t",
+        "methods": {"PEFT_LORA": found},
+    }
     write(project / "common" / "study" / "tricks.json", content)
     text = render("tricks", project)
     assert "On G1: `python t`, commit 0000000000." in text
-    assert "| A: nothing | 6,000 |  | 4.00 |\n| A: a trick | 4,500 | 1.35 (1.20 to 1.50) | 5.00 |\n" in text
+    assert f"| PEFT_LORA: nothing | 6,000 |  | 4.00 |\n| PEFT_LORA: {FLASH} | 4,500 | 1.35 (1.20 to 1.50)" in text
+    assert "no longer" not in text
 
 
 def test_a_copy_of_the_code_without_a_history_is_of_an_unknown_commit(project):

@@ -143,8 +143,8 @@ def measure(job: dict, warm_up: bool = False) -> dict:
 
 
 def prepare_process() -> None:
-    """No output from this process; and its own workers start as is usual here, not spawned as it was itself: each would
-    import everything anew."""
+    """No output from this process. Its own workers start in the machine's usual way, not spawned as it was itself:
+    each would import everything anew."""
     set_start_method(None, force=True)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for output in (sys.stdout, sys.stderr):

@@ -92,7 +92,7 @@ def linear_probes(config: Config, tokenizer, data: DatasetDict, labels: dict[str
     """Logistic regression on each of `backbone_features`. data: tokenised reviews by split."""
     model = AutoModel.from_pretrained(config.model, revision=config.model_revision, dtype=compute_dtype()).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    size = 2 * config.batch_size // config.gradient_accumulation_steps
+    size = 256 if torch.cuda.is_available() else 32
     splits = {split: backbone_features(model, rows, tokenizer.pad_token_id, size) for split, rows in data.items()}
     return {
         name: logistic_regression(

@@ -221,7 +221,7 @@ def tricks(root: Path, _: list[str]) -> str:
         return UNMEASURED
     rows = []
     for name, found in record["methods"].items():
-        for trick in (ALL, *TRICKS[name]):
+        for trick in filter(found.get, (ALL, *TRICKS[name])):
             speed, memory = map(statistics.median, found[trick].values())
             slower = "" if trick == ALL else "{speed:.2f} ({min:.2f} to {max:.2f})".format(**worth(found, trick))
             left_out = "nothing" if trick == ALL else trick

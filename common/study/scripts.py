@@ -7,7 +7,7 @@ from types import ModuleType
 
 from datasets import DatasetDict
 
-from common.cli import parse_config
+from common.cli import fit_to_size, parse_config
 from common.data import load_reviews, stratified_rows, tokenize
 from common.model import load_tokenizer
 
@@ -39,10 +39,10 @@ def some_reviews(dataset: str, size: int) -> DatasetDict:
 
 def prepare(method: ModuleType, reviews: DatasetDict, flags: list[str]) -> dict:
     """Arguments of the script's `train`. reviews: as of `some_reviews`."""
-    config = parse_config(method.Config, method.FOLDER, flags)
+    config = parse_config(method.Config, method.FOLDER, ["--batch_size", "128", *flags])  # as of the published runs
     tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
     return {
-        "config": config,
+        "config": fit_to_size(config, len(reviews["train"])),
         "seed": 0,
         "tokenizer": tokenizer,
         "data": tokenize(reviews, tokenizer, config.max_length),
