@@ -1,6 +1,7 @@
 """LAST_LAYER: fine-tune the last block of a pretrained Transformer together with a new head.
 
-Trains: the last Transformer block, and the head (for a BERT-type backbone its pooler and the classifier).
+Trains: the last Transformer block (or the last few: --blocks), and the head (for a BERT-type backbone its pooler and
+        the classifier).
 Frozen: the embeddings and all other blocks. No gradient flows into them, so they cost a forward pass only.
 
 Run:   python LAST_LAYER/train.py
@@ -79,11 +80,12 @@ class Config:
 
     # This method
     learning_rate: float = HfArg(default=1e-3, help="Peak of the schedule.")
+    blocks: int = HfArg(default=1, help="Transformer blocks to train, from the last one down.")
 
 
 def build_model(config: Config, labels: dict) -> tuple:
     """The model, the names of its newly initialised weights, and what of it runs once per review: nothing."""
-    from common.blocks import transformer_blocks
+    from common.blocks import last_blocks
     from common.model import head_modules, missing_weights, switch_off_dropout
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -95,7 +97,7 @@ def build_model(config: Config, labels: dict) -> tuple:
         **labels,
     )
     model.requires_grad_(False)
-    last = transformer_blocks(model)[-1]
+    last = last_blocks(model, config.blocks)
     for part in (last, *map(model.get_submodule, head_modules(model))):
         part.float().requires_grad_(True)  # what trains needs 32 bits
     switch_off_dropout(model.base_model, except_in=last)  # frozen blocks compute the same in every epoch

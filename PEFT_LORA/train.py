@@ -1,6 +1,7 @@
 """PEFT_LORA: low-rank adaptation (LoRA, Hu et al., 2021) of a pretrained Transformer classifier.
 
-Trains: for every query and value projection W a low-rank update B·A, used as W + B·A; and the new head.
+Trains: for every query and value projection W (or others: --target_modules) a low-rank update B·A, used as W + B·A;
+        and the new head.
 Frozen: the backbone, W included. The updates can be merged into W later, so inference costs nothing extra.
 
 Run:   python PEFT_LORA/train.py
@@ -83,13 +84,17 @@ class Config:
     )
     lora_r: int = HfArg(default=16, help="Rank of every update.")
     lora_alpha: int = HfArg(default=32, help="Updates are scaled by lora_alpha / lora_r.")
+    target_modules: list[str] | None = HfArg(
+        default=None,
+        help="What the names of the layers with updates end in, or all-linear. [the query and value projections]",
+    )
 
 
 def build_model(config: Config, labels: dict) -> tuple:
     """The model, the names of its newly initialised weights, and what of it runs once per review: nothing."""
     from peft import LoraConfig, get_peft_model
 
-    from common.blocks import attention_projections
+    from common.blocks import lora_targets
     from common.model import head_modules, missing_weights
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -107,7 +112,7 @@ def build_model(config: Config, labels: dict) -> tuple:
         task_type="SEQ_CLS",  # without it PEFT neither trains nor saves the head
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        target_modules=attention_projections(model),
+        target_modules=lora_targets(model, config.target_modules),
         modules_to_save=head,  # PEFT's default misses the poolers of BERT and DeBERTa
     )
     # The revision is kept with the adapter, which is worthless on another backbone.

@@ -5,6 +5,7 @@ import re
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from common.cli import UserError
 
@@ -25,6 +26,30 @@ def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
             f"{type(model).__name__}; needs an architecture that keeps its blocks apart"
         )
     return lists[0][1]
+
+
+def last_blocks(model: PreTrainedModel, count: int) -> nn.ModuleList:
+    """The last `count` Transformer blocks. Raises UserError where there are not as many."""
+    blocks = transformer_blocks(model)
+    if count > len(blocks):
+        raise UserError(f"--blocks {count}: {model.config._name_or_path} has {len(blocks)}")
+    return blocks[-count:]
+
+
+def lora_targets(model: PreTrainedModel, names: list[str] | None) -> list[str] | str:
+    """PEFT's `target_modules`: `names`, or where none are given the query and value projections.
+
+    Raises UserError for a name that no linear layer ends in.
+    """
+    if names == ["all-linear"]:
+        return "all-linear"
+    linear = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
+    if unknown := set(names or []) - linear:
+        has = ", ".join(sorted(linear))
+        raise UserError(
+            f"--target_modules {' '.join(sorted(unknown))}: no linear layer ends in it; all-linear, or {has}"
+        )
+    return names or attention_projections(model)
 
 
 def attention_projections(model: PreTrainedModel) -> list[str]:

@@ -294,3 +294,44 @@ def test_several_lists_of_parts_are_no_blocks():
     model = XLMForSequenceClassification(XLMConfig(vocab_size=50, emb_dim=16, n_layers=2, n_heads=2))
     with pytest.raises(UserError, match="no list of 2 Transformer blocks was found in XLM"):
         transformer_blocks(model)
+
+
+# Which parts train
+
+
+@pytest.mark.parametrize(("blocks", "trained"), [(1, {"1"}), (2, {"0", "1"})])
+def test_the_last_blocks_train(blocks, trained, backbones):
+    model, *_ = build("LAST_LAYER", backbones["bert"], blocks=blocks)
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert {name.split(".")[3] for name in names if ".layer." in name} == trained
+    active = {part.p for part in model.bert.encoder.layer[-blocks:].modules() if isinstance(part, torch.nn.Dropout)}
+    assert active == {0.1} and model.bert.embeddings.dropout.p == 0
+
+
+def test_more_blocks_than_there_are(backbones):
+    with pytest.raises(UserError, match=r"^--blocks 3: .* has 2$"):
+        build("LAST_LAYER", backbones["bert"], blocks=3)
+
+
+@pytest.mark.parametrize("name", ["PEFT_LORA", "PEFT_QLORA"])
+@pytest.mark.parametrize(
+    ("architecture", "targets", "updated"),
+    [
+        ("bert", None, {"query", "value"}),
+        ("bert", ["key"], {"key"}),
+        ("bert", ["all-linear"], {"query", "key", "value", "dense"}),
+        ("llama", ["all-linear"], {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}),
+    ],
+)
+def test_target_modules(name, architecture, targets, updated, backbones):
+    model, *_ = build(name, backbones[architecture], target_modules=targets)
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" in name]
+    assert {name.split(".lora_")[0].split(".")[-1] for name in names} == updated
+    assert not [name for name in names if "pooler" in name or "classifier" in name or "score" in name]
+
+
+def test_a_target_that_is_not_there(backbones):
+    with pytest.raises(
+        UserError, match=r"--target_modules nonsense: no linear layer ends in it; all-linear, or .*query"
+    ):
+        build("PEFT_LORA", backbones["bert"], target_modules=["query", "nonsense"])
