@@ -107,12 +107,14 @@ def build_model(config: Config, labels: dict) -> tuple:
 def run_backbone(model: torch.nn.Module, batches) -> torch.Tensor:
     """The one pass through the frozen backbone: of every review the last hidden state that the head reads.
 
-    batches: an iterator over `input_ids` and `attention_mask` of all reviews. Returns (reviews, hidden size).
+    batches: an iterator over all reviews, with `input_ids`, `attention_mask` and `labels`. Returns (reviews, hidden
+    size).
     """
     from common.frozen import head_token
 
     features = []
     for batch in batches:
+        del batch["labels"]
         hidden = model.base_model(**batch).last_hidden_state  # (rows, width, hidden size)
         features.append(hidden[torch.arange(len(hidden)), head_token(model, batch["input_ids"])])
     return torch.cat(features)

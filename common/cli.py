@@ -8,6 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
 # What --demo changes beside --model and --dataset: as much as its short reviews and tiny model need.
 DEMO_SETTINGS = {
     "max_length": 64,
@@ -33,13 +39,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     model, and settings that suit them, become the defaults; flags given by hand still win.
     Raises UserError for a value that cannot be used; argparse exits for one of the wrong type.
     """
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-    from transformers import HfArgumentParser
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()  # the preflight says what matters of their reports on loading
+    logging.set_verbosity_error()  # the preflight says what matters of their reports on loading
     torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, and costs 8% of the speed
     if "LOCAL_RANK" not in os.environ:  # one process, one GPU; torchrun starts a process for each
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -85,8 +85,6 @@ def fit_to_size(config, reviews: int):
     batch_size: about its square root, a power of two from 16 to 128. epochs: 5, or as many as make 600 updates: a
     hundred reviews need many passes. On a CPU the steps are of 16 reviews.
     """
-    import torch
-
     parts = (config.gradient_accumulation_steps or 1) * processes()
     root = 2 ** int(math.log2(reviews) / 2)
     size = config.batch_size or math.ceil(min(max(root, 16), 128) / parts) * parts
@@ -114,11 +112,8 @@ def _check_output_dir(output_dir: Path, method: str, seeds: list[int]) -> None:
 
 
 def _check(config) -> None:
-    """Raise UserError for the first field of `config` that is out of range or names a tracker that is not there, and
-    for more processes on this machine than GPUs."""
-    import torch
-    from accelerate.utils import parse_flag_from_env
-    from transformers.integrations import get_available_reporting_integrations
+    """Raise UserError for the first field of `config` that is out of range or names a tracker that is not there."""
+    from transformers.integrations import get_available_reporting_integrations  # it imports every library it could use
 
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -130,11 +125,6 @@ def _check(config) -> None:
     if config.batch_size and config.batch_size % parts:
         raise UserError(
             f"--batch_size {config.batch_size}: must be a multiple of {parts}, the accumulation steps times processes"
-        )
-    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
-    if local > max(gpus, 1) and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        raise UserError(
-            f"torchrun: {local} processes need a GPU each; GPUs found: {gpus}; on a CPU set ACCELERATE_USE_CPU=1"
         )
     trackers = ["none", "all", *get_available_reporting_integrations()]
     if config.report_to not in trackers:

@@ -43,7 +43,7 @@ def head_token(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
 def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewTensors) -> Dataset:
     """Send every text through `run_backbone` once; returns what the head trains on from then on.
 
-    run_backbone: given the model and batches without labels, returns (texts, hidden size). Where that is not enough
+    run_backbone: given the model and an iterator over batches, returns (texts, hidden size). Where that is not enough
     for the model's own logits, because its head reads more than one token, the texts themselves are returned.
     """
     model = trainer.model.eval()
@@ -51,9 +51,8 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
 
     def stored(parts: list[list[int]]) -> StoredOutputs:
         progress = logging.tqdm(parts, desc="Through the backbone, once", disable=len(parts) == 1)
-        batches = (texts.__getitems__(rows) for rows in progress)
-        unlabelled = ({name: part for name, part in batch.items() if name != "labels"} for batch in batches)
-        outputs = run_backbone(model, unlabelled).float()
+        batches = map(texts.__getitems__, progress)
+        outputs = run_backbone(model, batches).float()
         order = torch.tensor(np.argsort(np.concatenate(parts)), device=outputs.device)
         return StoredOutputs(outputs[order], texts.labels)
 

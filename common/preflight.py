@@ -1,7 +1,5 @@
 """The last look before training: what trains, what is frozen, what is quantized; stops where it cannot work."""
 
-from collections import Counter
-
 import torch
 from torch import nn
 from transformers import Trainer
@@ -16,19 +14,13 @@ def preflight(config, trainer: Trainer, new: list[str]) -> None:
     model, args = trainer.model, trainer.args
     check_trainable(model, new)
     trainable, total = count_parameters(model)
-    parts = Counter()  # "bert.encoder", "bert.pooler", "classifier": PEFT's own wrappers say nothing
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            plain = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-            parts[".".join(plain.split(".")[:-1][:2])] += weight.numel()
     frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point()}
     quantized = sum(hasattr(weight, "quant_state") for weight in model.parameters())
     truncated = trainer.train_dataset["truncated"][:]
     updates = trainer.training_batches(trainer.tensors_of(trainer.train_dataset).lengths).updates
     lines = {
         "Backbone": f"{public_name(config.model)}, revision {config.model_revision or 'as found'}",
-        "Trains": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) in float32: "
-        + ", ".join(f"{name} {count:,}" for name, count in parts.items()),
+        "Trains": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) in float32",
         "Frozen": f"all the rest, {total - trainable:,} parameters, in "
         + ", ".join([str(dtype).removeprefix("torch.") for dtype in frozen] + ["4 bits"] * (quantized > 0)),
         "Reviews": f"{len(truncated):,} to train on, {sum(truncated) / len(truncated):.1%} of them truncated to "

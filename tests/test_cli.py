@@ -155,14 +155,6 @@ def test_one_gpu_unless_torchrun_deals_them_out(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
-def test_every_process_needs_a_gpu(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="torchrun: 2 processes need a GPU each; GPUs found: 0; on a CPU set ACC"):
-        parse()
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    parse()
-
-
 # Demo
 
 
