@@ -88,10 +88,15 @@ def backbone_features(model: PreTrainedModel, reviews: Dataset, pad_token_id: in
     return {name: torch.cat(parts).numpy()[order] for name, parts in found.items()}
 
 
+def frozen_backbone(config: Config) -> PreTrainedModel:
+    """The backbone without a head, on the GPU where there is one."""
+    model = AutoModel.from_pretrained(config.model, revision=config.model_revision, dtype=compute_dtype()).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def linear_probes(config: Config, tokenizer, data: DatasetDict, labels: dict[str, list[int]]) -> dict[str, dict]:
     """Logistic regression on each of `backbone_features`. data: tokenised reviews by split."""
-    model = AutoModel.from_pretrained(config.model, revision=config.model_revision, dtype=compute_dtype()).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = frozen_backbone(config)
     size = 256 if torch.cuda.is_available() else 32
     splits = {split: backbone_features(model, rows, tokenizer.pad_token_id, size) for split, rows in data.items()}
     return {

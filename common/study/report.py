@@ -10,10 +10,12 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 
-from common.record import ROOT, spread
+from common.record import ROOT, spread, summarize
 from common.study.comparison import draw_comparison
+from common.study.labels import EVERYTHING
 from common.study.tricks import ALL, TRICKS, worth
 
 BLOCK = re.compile(r"(?P<start><!-- (?P<name>\w+)(?P<words>[^>]*) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
@@ -230,6 +232,40 @@ def tricks(root: Path, _: list[str]) -> str:
     return f"On {record['environment']['gpu']}: {source(record)}\n\n{table(header, rows)}"
 
 
+def accuracy_by_labels(rows: list[dict], title: Callable[[dict], str]) -> str:
+    """A table of test accuracies, mean ± sd over draws: a row for each title, a column for each number of labels."""
+    found, sizes = {}, sorted({row["labels"] for row in rows})
+    for row in rows:
+        found.setdefault(title(row), {}).setdefault(row["labels"], []).append(row["test_accuracy"])
+    lines = [
+        [name, *(spread(summarize(draws[size])) if size in draws else "" for size in sizes)]
+        for name, draws in found.items()
+    ]
+    return table(",".join(["labels", *("all" if size == EVERYTHING else str(size) for size in sizes)]), lines)
+
+
+def labels(root: Path, _: list[str]) -> str:
+    """Chart and table of the methods by the number of labels."""
+    record = read(root / "common" / "study" / "labels.json")
+    if not record:
+        return UNMEASURED
+    minutes = sum(row.get("total_seconds", 0) for row in record["rows"]) / 60
+    return (
+        "![test accuracy by the number of labels](common/study/labels.png)\n\n"
+        f"{source(record)} On {record['environment']['gpu']}, {record['jobs_at_a_time']} draws at a time; all of them "
+        f"together took {minutes:.0f} minutes. Test accuracy in percent, mean ± standard deviation over draws.\n\n"
+        f"{accuracy_by_labels(record['rows'], itemgetter('method'))}"
+    )
+
+
+def labels_tuning(root: Path, _: list[str]) -> str:
+    """What other settings do with few labels, on draws and reviews of their own."""
+    record = read(root / "common" / "study" / "labels_tuning.json")
+    if not record:
+        return UNMEASURED
+    return f"{source(record)}\n\n{accuracy_by_labels(record['rows'], '{method}: {setting}'.format_map)}"
+
+
 def whole_command(root: Path, _: list[str]) -> str:
     """The seconds of one command, where common/study/benchmark.py timed it."""
     text = ""
@@ -247,7 +283,10 @@ def whole_command(root: Path, _: list[str]) -> str:
 
 BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
     block.__name__: block
-    for block in (results, references, charts, result, chart, sweep, small_gpu, benchmark, tricks, whole_command)
+    for block in (
+        *(results, references, charts, result, chart, sweep, small_gpu, benchmark, tricks, labels, labels_tuning),
+        whole_command,
+    )
 }
 
 

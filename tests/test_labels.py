@@ -1,0 +1,83 @@
+"""The study by number of labels: other reviews for every draw, none of the test set for tuning, nothing done twice."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from common.data import load_reviews
+from common.study import labels, report
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Folder and record of a small demo."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labels, "HERE", folder)
+        record = labels.main(["--demo", "--sizes", "60", "--methods", "NEW_HEAD", labels.BAG])
+    return folder / "runs", record
+
+
+def test_the_demo_measures_every_draw_by_the_scripts_themselves(study):
+    folder, record = study
+    assert json.loads((folder / "labels.json").read_text())["rows"] == record["rows"]
+    assert [(row["method"], row["labels"], row["seed"]) for row in record["rows"]] == [
+        *[("NEW_HEAD", 60, 0), ("NEW_HEAD", 60, 1), (labels.BAG, 60, 0), (labels.BAG, 60, 1)]
+    ]
+    head, again, bag, _ = record["rows"]
+    assert head["train_sha256"] != again["train_sha256"]
+    assert (head["train_reviews"], bag["train_reviews"], head["updates"]) == (54, 60, 10)
+    assert all(0.3 < row["test_accuracy"] <= 1 and row["train_seconds"] > 0 for row in record["rows"])
+    assert Image.open(folder / "labels.png").size[0] > 1000
+
+
+def test_no_row_is_measured_twice(tmp_path, monkeypatch):
+    rows = [
+        {"method": "NEW_HEAD", "labels": 32, "seed": seed, "test_accuracy": 0.5, "train_seconds": 1} for seed in (0, 1)
+    ]
+    monkeypatch.setattr(labels, "HERE", tmp_path)
+    (tmp_path / "labels.json").write_text(json.dumps({"rows": rows}))
+    assert labels.main(["--methods", "NEW_HEAD", "--sizes", "32", "--draws", "2"])["rows"] == rows
+
+
+@pytest.mark.parametrize(("flags", "draws", "seed"), [([], {32: 5, 1000: 5, 3200: 3}, 0), (["--tune"], {100: 3}, 100)])
+def test_draws_for_figures_and_for_tuning_have_nothing_in_common(flags, draws, seed):
+    args = type(
+        "Args", (), {"methods": ["PEFT_LORA"], "sizes": list(draws), "draws": None, "flags": [], "tune": bool(flags)}
+    )
+    jobs = labels.wanted(args)
+    for size, count in draws.items():
+        seeds = {job["seed"] for job in jobs if job["labels"] == size}
+        assert seeds == set(range(seed, seed + count))
+
+
+def test_tuning_sees_training_reviews_outside_the_draw_and_no_test_review(demo, monkeypatch):
+    monkeypatch.setattr(labels, "OUTSIDE", 300)
+    whole, _ = load_reviews(str(demo[1]))
+    draw, _ = labels.outside_the_draw(load_reviews)(str(demo[1]), None, 200, 50, 7)
+    texts = {split: set(rows["text"][:]) for split, rows in draw.items()}
+    assert len(texts["test"]) == 300 and len(texts["train"] | texts["validation"]) == 200
+    assert not texts["test"] & (texts["train"] | texts["validation"] | set(whole["test"]["text"][:]))
+    assert texts["train"] == set(load_reviews(str(demo[1]), None, 200, None, 7)[0]["train"]["text"][:])
+
+
+def test_the_tables(tmp_path):
+    draws = [("PEFT_LORA", 100, 0.7), ("PEFT_LORA", 100, 0.74), ("PEFT_LORA", 25_000, 0.9), ("NEW_HEAD", 100, 0.6)]
+    rows = [
+        {"method": name, "labels": size, "seed": 0, "setting": "as it is", "test_accuracy": score, "total_seconds": 30}
+        for name, size, score in draws
+    ]
+    record = {
+        "command": "python l",
+        "jobs_at_a_time": 4,
+        "environment": {"gpu": "G1", "commit": "0" * 40},
+        "rows": rows,
+    }
+    (tmp_path / "common" / "study").mkdir(parents=True)
+    for name in ("labels", "labels_tuning"):
+        (tmp_path / "common" / "study" / f"{name}.json").write_text(json.dumps(record))
+    text = report.labels(tmp_path, [])
+    assert "| labels | 100 | all |" in text and "4 draws at a time; all of them together took 2 minutes" in text
+    assert "| PEFT_LORA | 72.0 ± 2.8 | 90.0 |\n| NEW_HEAD | 60.0 |  |\n" in text
+    assert "| PEFT_LORA: as it is | 72.0 ± 2.8 | 90.0 |" in report.labels_tuning(tmp_path, [])
