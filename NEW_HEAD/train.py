@@ -23,7 +23,7 @@ sys.path.insert(0, str(FOLDER.parent))  # so that `common` is found wherever thi
 
 from common.cli import fit_to_size, parse_config, processes, run
 from common.data import ENOUGH_TO_CHOOSE, load_reviews, tokenize, training_sample
-from common.metrics import score, validation_scores
+from common.metrics import validation_scores
 from common.model import compute_dtype, label_config, load_tokenizer, trainable_state
 from common.preflight import preflight
 from common.record import clear_seed, last_checkpoint, open_seed, publish, run_record
@@ -168,10 +168,11 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     trainer.save_model(folder / "model")
     model.config.dtype = torch.float32  # what the model loads in unless asked otherwise: its head was trained in it
     model.config.save_pretrained(folder / "model")  # an adapter alone forgets its label names
-    test = score(trainer.predict(data["test"]))  # the first look at the test reviews: every choice is made
+    validation = trainer.predict(data["validation"])
+    test = trainer.predict(data["test"])  # the first look at the test reviews: every choice is made
     model.load_state_dict(untrained, strict=False)
-    untrained_test = score(trainer.predict(data["test"]))
-    return run_record(trainer, test, untrained_test, started)
+    untrained_test = trainer.predict(data["test"])
+    return run_record(trainer, validation, test, untrained_test, started)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -15,15 +15,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import DatasetDict
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
 from transformers.utils import cached_file
 
 from common.cli import UserError
 from common.files import public_name, write_json
-from common.metrics import peak_memory, split_memory
+from common.metrics import logits, peak_memory, score, split_memory
 from common.model import count_parameters
 from common.plotting import DEMO, bar_figure, line_figure, save
 
@@ -77,11 +78,15 @@ def last_checkpoint(folder: Path) -> str | None:
     return max((str(state.parent) for state in states), key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
-def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: float) -> dict:
-    """One seed's entry of `runs`, from the trainer after training; also left as run.json for `--resume`.
-
-    test, untrained_test: scores of the chosen and of the untrained model. started: time.perf_counter() at the start.
-    """
+def run_record(
+    trainer: Trainer,
+    validation: EvalPrediction,
+    test: EvalPrediction,
+    untrained_test: EvalPrediction,
+    started: float,
+) -> dict:
+    """One seed's entry of `runs`, from the trainer after training; also left as run.json for `--resume`, and with the
+    chosen model's logits beside it. started: time.perf_counter() at the start."""
     kept = ("train_accuracy", "validation_accuracy", "validation_f1", "validation_loss", "train_loss")
     epochs, seconds = {}, 0.0
     for entry in trainer.state.log_history:
@@ -106,8 +111,8 @@ def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: floa
         "train_sha256": trainer.tensors_of(trainer.train_dataset).sha256(),  # which ones: --max_train_samples draws
         "epochs": epochs,
         "best_epoch": best["epoch"],
-        "untrained_test": {name: untrained_test[name] for name in ("accuracy", "f1")},
-        "test": test,
+        "untrained_test": {name: value for name, value in score(untrained_test).items() if name in ("accuracy", "f1")},
+        "test": score(test),
         "train_seconds": train_seconds,
         "train_reviews_per_second": len(trainer.train_dataset) * trainer.args.num_train_epochs / train_seconds,
         "total_seconds": time.perf_counter() - started,
@@ -119,6 +124,9 @@ def run_record(trainer: Trainer, test: dict, untrained_test: dict, started: floa
         "total_parameters": total,
     }
     if trainer.is_world_process_zero():
+        found = {"validation": validation, "test": test}
+        arrays = {f"{split}_logits": logits(prediction) for split, prediction in found.items()}
+        np.savez(folder / "logits.npz", **arrays, **{f"{split}_labels": found[split].label_ids for split in found})
         write_json(record, folder / "run.json")
     return record
 

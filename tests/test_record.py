@@ -4,9 +4,11 @@ import json
 import subprocess
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import import_method
+from transformers import EvalPrediction
 
 from common import record
 from common.cli import UserError
@@ -106,11 +108,15 @@ def test_the_best_epoch_is_the_most_accurate_after_training_then_the_one_of_the_
         tensors_of=lambda reviews: SimpleNamespace(sha256=lambda: "digest"),
         is_world_process_zero=lambda: True,
     )
-    scores = {"accuracy": 0.5, "f1": 0.25}
-    made = run_record(trainer, scores | {"precision": 0.125}, scores | {"recall": 0.125}, started=0.0)
+    good, bad = (EvalPrediction(np.eye(2)[rows], np.array([0, 1, 1, 0])) for rows in ([0, 1, 0, 0], [1, 1, 0, 1]))
+    made = run_record(trainer, validation=bad, test=good, untrained_test=bad, started=0.0)
     assert made["best_epoch"] == best
     assert [epoch["validation_accuracy"] for epoch in made["epochs"]] == list(accuracies)
-    assert made["untrained_test"] == scores and made["test"]["precision"] == 0.125
+    assert made["untrained_test"] == pytest.approx({"accuracy": 0.25, "f1": 0.4})
+    assert (made["test"]["accuracy"], made["test"]["precision"]) == (0.75, 1)
+    kept = np.load(tmp_path / "logits.npz")
+    assert (kept["test_logits"] == good.predictions).all() and (kept["validation_logits"] == bad.predictions).all()
+    assert kept["test_labels"].tolist() == kept["validation_labels"].tolist() == [0, 1, 1, 0]
     assert (made["train_seconds"], made["train_reviews_per_second"]) == (10.0, 30.0)  # evaluation is left out
     assert made["trainable_parameters"] == made["total_parameters"] == 10
     assert json.loads((tmp_path / "run.json").read_text()) == made

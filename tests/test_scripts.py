@@ -339,7 +339,7 @@ def test_trap_10_test_reviews_wait_until_training_is_over(method, small_runs):
     )
     splits = tokenize(reviews, watched.trainer.processing_class, 64)
     tokens = {split: rows["input_ids"][:] for split, rows in splits.items()}
-    assert [look[:2] for look in watched.looks] == [(True, tokens["test"])] * 2
+    assert [look[:2] for look in watched.looks] == [(True, tokens[split]) for split in ("validation", "test", "test")]
     assert watched.trainer.train_dataset["input_ids"][:] == tokens["train"]
     assert watched.trainer.eval_dataset["validation"]["input_ids"][:] == tokens["validation"] != tokens["test"]
     sample = watched.trainer.eval_dataset["train"]
