@@ -1,11 +1,12 @@
 """Right answers, calibration and intervals are what their definitions say."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from common.study import predictions
+from common.study import predictions, report
 from common.study.predictions import calibration_error, compare, describe, fit_temperature, log_loss, right_answers
 
 
@@ -83,3 +84,16 @@ def test_the_record_is_made_from_what_a_run_leaves(tmp_path, monkeypatch):
     record = predictions.main(["NEW_HEAD", "--runs", str(tmp_path)])
     assert json.loads((tmp_path / "NEW_HEAD_predictions.json").read_text()) == record
     assert record["runs"][0]["seed"] == 4 and right_answers(record).tolist() == [[1, 1, 0]]
+
+
+def test_the_lines_and_the_table_of_a_readme(tmp_path):
+    assert report.differences(tmp_path, ["A", "B"]) == report.calibration(tmp_path, ["A", "B"]) == report.UNMEASURED
+    (tmp_path / "common" / "study").mkdir(parents=True)
+    for name, accuracies in (("A", [0.9, 0.9]), ("B", [0.92, 0.92]), ("C", [0.89, 0.91])):
+        path = tmp_path / "common" / "study" / f"{name}_predictions.json"
+        path.write_text(json.dumps(made(accuracies) | {"method": name}))
+    first, second = report.differences(tmp_path, ["A", "B", "C"]).splitlines()
+    assert re.fullmatch(r"- B over A: \+[12]\.\d points, 95% interval \+1\.\d to \+2\.\d\.", first)
+    assert second.startswith(("- A over C", "- C over A"))
+    assert second.endswith(": no difference that these runs can show.")
+    assert "| B | 0." in report.calibration(tmp_path, ["A", "B"])

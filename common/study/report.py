@@ -10,12 +10,14 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 
 from common.record import ROOT, spread, summarize
 from common.study.comparison import draw_comparison
 from common.study.labels import EVERYTHING
+from common.study.predictions import compare, right_answers
 from common.study.tricks import ALL, TRICKS, worth
 
 BLOCK = re.compile(r"(?P<start><!-- (?P<name>\w+)(?P<words>[^>]*) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
@@ -266,6 +268,33 @@ def labels_tuning(root: Path, _: list[str]) -> str:
     return f"{source(record)}\n\n{accuracy_by_labels(record['rows'], '{method}: {setting}'.format_map)}"
 
 
+def predictions(root: Path, folders: list[str]) -> list[dict]:
+    """The records of common/study/predictions.py, most accurate method first; none if one is missing."""
+    found = [read(root / "common" / "study" / f"{folder}_predictions.json") for folder in folders]
+    return sorted(found, key=lambda record: -right_answers(record).mean()) if all(found) else []
+
+
+def differences(root: Path, folders: list[str]) -> str:
+    """By how much each method is above the next one, with its interval."""
+    lines = []
+    for better, worse in pairwise(predictions(root, folders)):
+        points, low, high = compare(better, worse)
+        pair, doubt = f"{better['method']} over {worse['method']}", ": no difference that these runs can show"
+        lines.append(f"- {pair}: {points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}{doubt * (low <= 0)}.\n")
+    return "".join(lines) or UNMEASURED
+
+
+def calibration(root: Path, folders: list[str]) -> str:
+    """How far each method's probabilities can be trusted, before and after one temperature."""
+    names = [f"{name}{suffix}" for name in ("calibration_error", "log_loss") for suffix in ("", "_with_temperature")]
+    rows = [
+        [record["method"], *(f"{statistics.mean(run[name] for run in record['runs']):.3f}" for name in names)]
+        for record in predictions(root, folders)
+    ]
+    header = "method,calibration error,with temperature,log loss,with temperature"
+    return table(header, rows) if rows else UNMEASURED
+
+
 def whole_command(root: Path, _: list[str]) -> str:
     """The seconds of one command, where common/study/benchmark.py timed it."""
     text = ""
@@ -285,7 +314,7 @@ BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
     block.__name__: block
     for block in (
         *(results, references, charts, result, chart, sweep, small_gpu, benchmark, tricks, labels, labels_tuning),
-        whole_command,
+        *(differences, calibration, whole_command),
     )
 }
 
