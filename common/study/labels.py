@@ -19,13 +19,16 @@ import argparse
 import itertools
 import json
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+from queue import Queue
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from datasets import DatasetDict, concatenate_datasets
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, PercentFormatter, ScalarFormatter
@@ -167,11 +170,13 @@ def tune(job: dict) -> dict:
         return fine_tune(job | {"flags": flags})
 
 
-def start_process(numbers) -> None:
-    """Give this process a GPU of its own, in turn."""
-    import torch
-
+def start_process(numbers: Queue, quiet: bool) -> None:
+    """Give this process a GPU, in turn. quiet: no output, which would mix with that of the others."""
     os.environ["CUDA_VISIBLE_DEVICES"] = str(numbers.get() % max(1, torch.cuda.device_count()))
+    if quiet:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, sys.stderr.fileno())
 
 
 def measure(job: dict) -> dict:
@@ -264,7 +269,7 @@ def main(argv: list[str] | None = None) -> dict:
     numbers = context.Manager().Queue()
     for number in range(args.jobs):
         numbers.put(number)
-    with ProcessPoolExecutor(args.jobs, context, initializer=start_process, initargs=(numbers,)) as pool:
+    with ProcessPoolExecutor(args.jobs, context, initializer=start_process, initargs=(numbers, args.jobs > 1)) as pool:
         for result in as_completed([pool.submit(measure, job) for job in wanted(args) if key(job) not in done]):
             rows.append(result.result())
             print(rows[-1], flush=True)
