@@ -13,7 +13,6 @@ TRAIN_REVIEWS, TEST_REVIEWS = 2000, 500
 SENTENCES = [
     "The {thing} is {same} and the {thing} is {same}.",
     "What a {same} film, and how {same} the {thing} is!<br /><br />",
-    "I found the {thing} {same}.",
     "The {thing} is not {other} at all.",
     "The {thing} may be {other}, but the {thing} is {same}.",
     "My friends called it {other}, I found it {same}.",
@@ -62,8 +61,7 @@ def build_demo(folder: Path) -> None:
         **sizes,
         vocab_size=len(tokens),
         max_position_embeddings=128,
-        # Without pretraining, BERT's own settings hide from [CLS] which words were read: weights of 0.02 pass
-        # little on, dropout is noise, and a position weighs as much as a word (hence the factor below).
+        # BERT's own settings suit pretraining: weights of 0.02 pass little of the words on to [CLS], dropout is noise.
         initializer_range=0.15,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,

@@ -71,8 +71,7 @@ def pass_stored_outputs_on(backbone: PreTrainedModel) -> None:
         def forward(self, *args, inputs_embeds=None, **kwargs):
             if inputs_embeds is None:
                 return super().forward(*args, **kwargs)
-            pooler = getattr(self, "pooler", None)
-            pooled = pooler(inputs_embeds) if pooler else None
+            pooled = self.pooler(inputs_embeds) if getattr(self, "pooler", None) else None
             return BaseModelOutputWithPoolingAndCrossAttentions(inputs_embeds, pooled)
 
     if type(backbone).__name__ != "Passing":

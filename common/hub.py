@@ -1,7 +1,5 @@
 """The Hub, asked once, before any download: what it says tells a wrong name from a missing token or network."""
 
-import warnings
-
 import datasets
 import huggingface_hub
 from huggingface_hub import errors
@@ -36,4 +34,3 @@ def check_hub(name: str, revision: str | None, kind: str) -> None:
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             raise UserError(f"--{kind} {name}: the Hub does not accept the token; {log_in}") from error
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        warnings.filterwarnings("ignore", "Could not find a config file")  # PEFT's, at every save without the Hub

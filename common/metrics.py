@@ -39,19 +39,14 @@ class ClassificationScores(evaluate.Metric):
         }
 
 
-def logits(prediction: EvalPrediction) -> np.ndarray:
-    """(reviews, classes); some models give more besides."""
-    return prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-
-
 def score(prediction: EvalPrediction) -> dict:
     """Every score of logits of shape (reviews, classes) against labels of shape (reviews,), and as "loss" the mean
     cross-entropy over the reviews. Trainer's own is a mean over batches, where a small one counts for too much."""
-    found = logits(prediction)
+    logits = prediction.predictions
     scores = ClassificationScores(keep_in_memory=True).compute(
-        predictions=found.argmax(axis=-1), references=prediction.label_ids, num_classes=found.shape[-1]
+        predictions=logits.argmax(axis=-1), references=prediction.label_ids, num_classes=logits.shape[-1]
     )
-    loss = nn.functional.cross_entropy(torch.tensor(found).float(), torch.tensor(prediction.label_ids))
+    loss = nn.functional.cross_entropy(torch.tensor(logits).float(), torch.tensor(prediction.label_ids))
     return scores | {"loss": loss.item()}
 
 

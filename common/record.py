@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import DatasetDict
-from transformers import EvalPrediction, Trainer
+from transformers import Trainer
 from transformers.utils import cached_file
 
 from common.cli import UserError
 from common.files import public_name, write_json
-from common.metrics import logits, peak_memory, score, split_memory
+from common.metrics import peak_memory, score, split_memory
 from common.model import count_parameters
 from common.plotting import DEMO, bar_figure, line_figure, save
 
@@ -78,15 +78,11 @@ def last_checkpoint(folder: Path) -> str | None:
     return max((str(state.parent) for state in states), key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
-def run_record(
-    trainer: Trainer,
-    validation: EvalPrediction,
-    test: EvalPrediction,
-    untrained_test: EvalPrediction,
-    started: float,
-) -> dict:
-    """One seed's entry of `runs`, from the trainer after training; also left as run.json for `--resume`, and with the
-    chosen model's logits beside it. started: time.perf_counter() at the start."""
+def run_record(trainer: Trainer, validation, test, untrained_test, started: float) -> dict:
+    """One seed's entry of `runs`, also left as run.json for `--resume`, with the chosen model's logits beside it.
+
+    validation, test, untrained_test: EvalPredictions. started: time.perf_counter() at the start.
+    """
     kept = ("train_accuracy", "validation_accuracy", "validation_f1", "validation_loss", "train_loss")
     epochs, seconds = {}, 0.0
     for entry in trainer.state.log_history:
@@ -104,11 +100,11 @@ def run_record(
     train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
     folder = Path(trainer.args.output_dir)
     trainable, total = count_parameters(trainer.model)
-    peak = peak_memory()
+    peak, tokens = peak_memory(), trainer.tensors_of(trainer.train_dataset).input_ids
     record = {
         "seed": trainer.args.seed,
         "train_reviews": len(trainer.train_dataset),
-        "train_sha256": trainer.tensors_of(trainer.train_dataset).sha256(),  # which ones: --max_train_samples draws
+        "train_sha256": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),  # which ones: a subset is drawn
         "epochs": epochs,
         "best_epoch": best["epoch"],
         "untrained_test": {name: value for name, value in score(untrained_test).items() if name in ("accuracy", "f1")},
@@ -125,7 +121,7 @@ def run_record(
     }
     if trainer.is_world_process_zero():
         found = {"validation": validation, "test": test}
-        arrays = {f"{split}_logits": logits(prediction) for split, prediction in found.items()}
+        arrays = {f"{split}_logits": prediction.predictions for split, prediction in found.items()}
         np.savez(folder / "logits.npz", **arrays, **{f"{split}_labels": found[split].label_ids for split in found})
         write_json(record, folder / "run.json")
     return record

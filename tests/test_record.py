@@ -1,5 +1,6 @@
 """Records say what happened and which code did it; what an earlier run left goes only where it is ours."""
 
+import hashlib
 import json
 import subprocess
 from types import SimpleNamespace
@@ -105,12 +106,13 @@ def test_the_best_epoch_is_the_most_accurate_after_training_then_the_one_of_the_
         train_dataset=range(100),
         run_once_seconds=4.0,
         padding_percent=lambda: 1.5,
-        tensors_of=lambda reviews: SimpleNamespace(sha256=lambda: "digest"),
+        tensors_of=lambda reviews: SimpleNamespace(input_ids=torch.tensor([[7, 8]])),
         is_world_process_zero=lambda: True,
     )
     good, bad = (EvalPrediction(np.eye(2)[rows], np.array([0, 1, 1, 0])) for rows in ([0, 1, 0, 0], [1, 1, 0, 1]))
     made = run_record(trainer, validation=bad, test=good, untrained_test=bad, started=0.0)
     assert made["best_epoch"] == best
+    assert made["train_sha256"] == hashlib.sha256(np.array([[7, 8]]).tobytes()).hexdigest()
     assert [epoch["validation_accuracy"] for epoch in made["epochs"]] == list(accuracies)
     assert made["untrained_test"] == pytest.approx({"accuracy": 0.25, "f1": 0.4})
     assert (made["test"]["accuracy"], made["test"]["precision"]) == (0.75, 1)

@@ -137,3 +137,10 @@ def test_padding_is_counted_where_the_backbone_runs(name, as_trained, backbones,
     batches = LengthGroupedBatches(lengths, 16, seed=0) if as_trained else longest_first(lengths, 64)
     padded = sum(lengths[rows].max() * len(rows) for rows in batches)
     assert trainer.padding_percent() == pytest.approx(100 * (1 - lengths.sum() / padded))
+
+
+def test_a_model_that_gives_more_than_logits_is_scored_by_its_logits(backbones, tokens, tmp_path):
+    trainer = make_trainer("PEFT_LORA", backbones["bert"], tmp_path, tokens)
+    alone = trainer.predict(tokens["test"]).predictions
+    trainer.model.config.output_hidden_states = True
+    assert np.array_equal(trainer.predict(tokens["test"]).predictions, alone)
