@@ -52,8 +52,8 @@ class Config:
     max_length: int = HfArg(default=512, help="Tokens per review; longer reviews are truncated at the start.")
     epochs: int | None = HfArg(
         default=None,
-        help="Passes over the training reviews. The best on validation is kept; if that is small, the last. "
-        "[5; with few reviews as many as make 600 updates]",
+        help="Passes over the training reviews. Of ten at most, the best on validation is kept, or the last. "
+        "[5; with few reviews as many as make about 600 updates]",
     )
     batch_size: int | None = HfArg(
         default=None,
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> dict:
                 config.dataset, config.dataset_revision, config.max_train_samples, config.max_test_samples, seed
             )
             data = tokenize(reviews, tokenizer, config.max_length)
-        config = fit_to_size(config, len(data["train"]))
+        config = fit_to_size(config, len(data["train"]) + len(data["validation"]))
         classes = reviews["train"].features["label"].names
         runs.append(train(config, seed, tokenizer, data, fingerprint, classes))
     return publish(FOLDER, argv, config, data, fingerprint, runs)

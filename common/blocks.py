@@ -43,11 +43,11 @@ def lora_targets(model: PreTrainedModel, names: list[str] | None) -> list[str] |
     """
     if names == ["all-linear"]:
         return "all-linear"
-    linear = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
-    if unknown := set(names or []) - linear:
-        has = ", ".join(sorted(linear))
+    linear = [f".{name}" for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
+    if unknown := [name for name in names or [] if not any(layer.endswith(f".{name}") for layer in linear)]:
+        has = ", ".join(sorted({layer.split(".")[-1] for layer in linear}))
         raise UserError(
-            f"--target_modules {' '.join(sorted(unknown))}: no linear layer ends in it; all-linear, or {has}"
+            f"--target_modules {' '.join(unknown)}: no linear layer ends in it; all-linear alone, or {has}"
         )
     return names or attention_projections(model)
 

@@ -25,7 +25,7 @@ DEMO_SETTINGS = {
 }
 
 
-UPDATES = 600  # at least, where --epochs is not given
+UPDATES = 600  # about as many at least, where --epochs is not given
 
 
 class UserError(Exception):
@@ -80,17 +80,17 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
 
 
 def fit_to_size(config, reviews: int):
-    """A copy of `config` in which what the user left open suits the number of training reviews.
+    """A copy of `config` in which what the user left open suits the number of reviews, those of validation included.
 
-    batch_size: about its square root, a power of two from 16 to 128. epochs: 5, or as many as make 600 updates: a
-    hundred reviews need many passes. On a CPU the steps are of 16 reviews.
+    batch_size: about its square root, a power of two from 16 to 128 (or next to it a multiple of processes and steps).
+    epochs: 5, or as many as make about 600 updates: a hundred reviews need many passes.
     """
     parts = (config.gradient_accumulation_steps or 1) * processes()
     root = 2 ** int(math.log2(reviews) / 2)
     size = config.batch_size or math.ceil(min(max(root, 16), 128) / parts) * parts
     epochs = config.epochs or max(5, math.ceil(UPDATES / math.ceil(reviews / size)))
     # On a CPU 16 reviews at a time are faster than 128: what a layer leaves is still in the cache for the next.
-    small = 1 if torch.accelerator.is_available() else max(1, size // 16)
+    small = 1 if torch.accelerator.is_available() else max(1, min(size, reviews // 2) // 16)
     steps = config.gradient_accumulation_steps or math.gcd(small, size // processes())
     return dataclasses.replace(config, batch_size=size, epochs=epochs, gradient_accumulation_steps=steps)
 
@@ -140,5 +140,5 @@ def run(main: Callable[[], object]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command with --resume goes on after the last finished epoch.", file=sys.stderr)
+        print("\nInterrupted. The same command with --resume goes on after the last saved epoch.", file=sys.stderr)
         sys.exit(130)

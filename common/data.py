@@ -62,9 +62,9 @@ def load_reviews(
         validation=splits["train"].select(rows[held]),
         test=splits["test"].select(stratified_rows(labels["test"], max_test_samples, seed=0)),
     )
-    if len(set(data["train"]["label"][:])) < 2:
+    if len(set(data["train"]["label"][:])) < 2 or not len(data["validation"]):
         flag = f"--max_train_samples {max_train_samples}" if max_train_samples else f"--dataset {source}"
-        raise UserError(f"{flag}: leaves train {len(data['train'])} reviews of one class; at least 100 are a start")
+        raise UserError(f"{flag}: leaves a class or validation without reviews; at least 100 are a start")
     return data, fingerprint
 
 
@@ -80,7 +80,7 @@ def in_validation(digests: list[bytes], labels: list[int]) -> np.ndarray:
     for label, size in zip(*np.unique(labels, return_counts=True), strict=True):
         if size < 1000:
             of_class = numbers[labels == label]
-            held[labels == label] = of_class <= np.sort(of_class)[max(1, round(size / 10)) - 1]
+            held[labels == label] = size > 1 and of_class <= np.sort(of_class)[max(1, round(size / 10)) - 1]
     return np.isin(numbers, numbers[held])
 
 

@@ -173,7 +173,8 @@ class ReviewTrainer(Trainer):
         if not isinstance(reviews, Subset):
             reviews = Subset(reviews, range(len(reviews)))
         inputs = Subset(self.inputs_of(reviews.dataset), reviews.indices)
-        sampler = longest_first(inputs.dataset.lengths[inputs.indices], self.args.eval_batch_size)
+        lengths = self.tensors_of(reviews.dataset).lengths[reviews.indices]  # not `inputs`': one order for all methods
+        sampler = longest_first(lengths, self.args.eval_batch_size)
         return self.accelerator.prepare(DataLoader(inputs, batch_sampler=sampler, collate_fn=lambda batch: batch))
 
     get_test_dataloader = get_eval_dataloader

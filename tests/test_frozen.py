@@ -1,6 +1,7 @@
 """Training a head on stored outputs is training it on the frozen backbone that gave them."""
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, DECODERS, make_trainer, set_dropout
@@ -95,3 +96,13 @@ def test_a_head_that_reads_every_token_trains_on_the_whole_model(backbones, toke
 def test_a_backbone_that_trains_runs_in_every_epoch(name, backbones, tokens, tmp_path):
     trainer = make_trainer(name, backbones["bert"], tmp_path, tokens)
     assert trainer.inputs_of(tokens["train"]) is trainer.tensors_of(tokens["train"])
+
+
+def test_predictions_come_in_one_order_whether_outputs_are_stored_or_not(backbones, tokens, tmp_path):
+    stored, whole = (
+        make_trainer(name, backbones["bert"], tmp_path / name, tokens).predict(tokens["test"])
+        for name in ("NEW_HEAD", "PEFT_LORA")
+    )
+    longest_first = np.argsort([-len(ids) for ids in tokens["test"]["input_ids"]], kind="stable")
+    assert stored.label_ids.tolist() == whole.label_ids.tolist()
+    assert stored.label_ids.tolist() == np.array(tokens["test"]["labels"])[longest_first].tolist()

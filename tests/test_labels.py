@@ -37,7 +37,7 @@ def test_no_row_is_measured_twice(tmp_path, monkeypatch):
         {"method": "NEW_HEAD", "labels": 32, "seed": seed, "test_accuracy": 0.5, "train_seconds": 1} for seed in (0, 1)
     ]
     monkeypatch.setattr(labels, "HERE", tmp_path)
-    (tmp_path / "labels.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "labels.json").write_text(json.dumps({"rows": rows, "flags": []}))
     assert labels.main(["--methods", "NEW_HEAD", "--sizes", "32", "--draws", "2"])["rows"] == rows
 
 

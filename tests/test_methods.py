@@ -318,7 +318,7 @@ def test_more_blocks_than_there_are(backbones):
     ("architecture", "targets", "updated"),
     [
         ("bert", None, {"query", "value"}),
-        ("bert", ["key"], {"key"}),
+        ("bert", ["key", "attention.output.dense"], {"key", "dense"}),
         ("bert", ["all-linear"], {"query", "key", "value", "dense"}),
         ("llama", ["all-linear"], {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}),
     ],
@@ -332,6 +332,6 @@ def test_target_modules(name, architecture, targets, updated, backbones):
 
 def test_a_target_that_is_not_there(backbones):
     with pytest.raises(
-        UserError, match=r"--target_modules nonsense: no linear layer ends in it; all-linear, or .*query"
+        UserError, match=r"--target_modules nonsense: no linear layer ends in it; all-linear alone, or .*query"
     ):
         build("PEFT_LORA", backbones["bert"], target_modules=["query", "nonsense"])

@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -157,7 +157,8 @@ def compare(method: str, job: dict, rounds: int) -> dict:
     with contextlib.ExitStack() as stack:
         pools = [ProcessPoolExecutor(1, get_context("spawn"), initializer=prepare_process) for _ in SIDES]
         processes = dict(zip(SIDES, map(stack.enter_context, pools), strict=True))
-        wait([processes[side].submit(measure, jobs[side], warm_up=True) for side in SIDES])
+        for warm_up in [processes[side].submit(measure, jobs[side], warm_up=True) for side in SIDES]:
+            warm_up.result()
         for _, side in itertools.product(range(rounds), SIDES):
             result = processes[side].submit(measure, jobs[side]).result()
             print(method, side, json.dumps(result), flush=True)

@@ -22,7 +22,7 @@ from common.record import command_line, make_record, spread
 from common.study.scripts import HERE, record_path, script
 
 FOLDER = HERE / "runs" / "full fine-tuning"  # its name is the method's in the record
-SCRIPT = script("LAST_LAYER")
+SCRIPT = script("NEW_HEAD")
 
 
 @dataclass

@@ -40,7 +40,7 @@ from sklearn.preprocessing import StandardScaler
 
 from common.cli import parse_config, run
 from common.data import clean, load_reviews, stratified_rows, tokenize
-from common.files import write_json
+from common.files import public_name, write_json
 from common.metrics import ClassificationScores
 from common.model import load_tokenizer
 from common.plotting import BLUE, GREY, ORANGE, PALE, RED, SKY, page, save, style
@@ -112,7 +112,12 @@ def fine_tune(job: dict) -> dict:
 
 def classify(job: dict) -> dict:
     """One draw of a reference: logistic regression on all its reviews, none held out for validation."""
-    settings = parse_config(references.Config, references.FOLDER, job["flags"])
+    with TemporaryDirectory() as folder:
+        settings = parse_config(references.Config, references.FOLDER, [*job["flags"], "--output_dir", folder])
+        return _classify(job, settings)
+
+
+def _classify(job: dict, settings) -> dict:
     source = settings.dataset, settings.dataset_revision
     reviews, _ = load_reviews(*source, job["labels"], settings.max_test_samples, job["seed"])
     splits = {"train": concatenate_datasets([reviews["train"], reviews["validation"]]), "test": reviews["test"]}
@@ -172,7 +177,8 @@ def tune(job: dict) -> dict:
 
 def start_process(numbers: Queue, quiet: bool) -> None:
     """Give this process a GPU, in turn. quiet: no output, which would mix with that of the others."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(numbers.get() % max(1, torch.cuda.device_count()))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[numbers.get() % len(visible)]
     if quiet:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -256,10 +262,15 @@ def main(argv: list[str] | None = None) -> dict:
         args.draws = args.draws or DEMO["draws"]
     args.sizes = args.sizes or (TUNED_SIZES if args.tune else SIZES)
     path = HERE / ("runs" if args.demo else "") / ("labels_tuning.json" if args.tune else "labels.json")
-    rows = json.loads(path.read_text())["rows"] if path.exists() and not args.demo else []
+    rows, flags = [], [public_name(flag) for flag in args.flags]
+    before = json.loads(path.read_text()) if path.exists() and not args.demo else {"rows": rows, "flags": flags}
+    rows = before["rows"]
+    if before["flags"] != flags:
+        parser.error(f"{path.name} was made with other flags: {' '.join(before['flags'])}; move it away to start anew")
     done = set(map(key, rows))
     record = {
         "command": command_line("-m common.study.labels", argv),
+        "flags": flags,
         "jobs_at_a_time": args.jobs,
         "environment": environment(),
         "rows": rows,
@@ -271,7 +282,7 @@ def main(argv: list[str] | None = None) -> dict:
         numbers.put(number)
     with ProcessPoolExecutor(args.jobs, context, initializer=start_process, initargs=(numbers, args.jobs > 1)) as pool:
         for result in as_completed([pool.submit(measure, job) for job in wanted(args) if key(job) not in done]):
-            rows.append(result.result())
+            rows.append(result.result() | {"commit": record["environment"]["commit"]})
             print(rows[-1], flush=True)
             rows.sort(key=lambda row: (everything.index(row["method"]), row["labels"], str(key(row))))
             write_json(record, path)

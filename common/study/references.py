@@ -33,7 +33,7 @@ FOLDER = HERE / "runs" / "references"
 
 
 @dataclass
-class Config(script("LAST_LAYER").Config):
+class Config(script("NEW_HEAD").Config):
     """The command line: that of the scripts."""
 
 
