@@ -52,7 +52,7 @@ class Config:
     max_length: int = HfArg(default=512, help="Tokens per review; longer reviews are truncated at the start.")
     epochs: int | None = HfArg(
         default=None,
-        help="Passes over the training reviews. Of ten at most, the best on validation is kept, or the last. "
+        help="Passes over the training reviews. The best on validation is kept; with little validation, the last. "
         "[5; with few reviews as many as make about 600 updates]",
     )
     batch_size: int | None = HfArg(
@@ -63,7 +63,7 @@ class Config:
     gradient_accumulation_steps: int | None = HfArg(
         default=None,
         help="Steps per update: with 4, a quarter of the batch is in memory at a time. "
-        "[1 on a GPU; on a CPU as many as make steps of 16 reviews: they fit its cache]",
+        "[1 on a GPU; on a CPU as many as make steps of about 16 reviews: they fit its cache]",
     )
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One run for each.")
     max_train_samples: int | None = HfArg(

@@ -3,7 +3,7 @@
     python -m common.study.full_fine_tuning
     python -m common.study.full_fine_tuning --dataset ~/imdb --seeds 0
 
-It is LAST_LAYER/train.py with another `build_model`, and takes the same flags. A full run writes
+It is the flow of the four scripts with another `build_model`, and takes their flags. A full run writes
 common/study/full_fine_tuning.json; one with --demo, --max_*_samples or --output_dir writes to its --output_dir.
 """
 
