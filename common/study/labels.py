@@ -11,7 +11,7 @@ regularisation by cross-validation within the draw. All are tested on the whole 
 scripts. Writes common/study/labels.json, row by row, and the chart labels.png; rows that are there already stay, so
 that an interrupted study goes on. `--jobs`: draws at a time, spread over the GPUs; each then takes longer.
 
-`--tune` compares settings on other draws, whose seeds start at 100. They are tested on 2,000 training reviews outside
+`--tune` compares `SETTINGS` on other draws, whose seeds start at 100, tested on 2,000 training reviews outside
 the draw; the test set plays no part. Writes common/study/labels_tuning.json. With `--demo` both records go to runs/.
 """
 
@@ -21,6 +21,7 @@ import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from queue import Queue
 from tempfile import TemporaryDirectory
@@ -37,8 +38,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from transformers import DataCollatorWithPadding, Trainer
 
-from common.cli import parse_config, run
+from common.cli import UPDATES, parse_config, run
 from common.data import clean, load_reviews, stratified_rows, tokenize
 from common.files import public_name, write_json
 from common.metrics import ClassificationScores
@@ -53,7 +55,7 @@ EVERYTHING = 25_000  # stands for all training reviews
 SIZES = (32, 100, 320, 1000, 3200, 10_000, EVERYTHING)
 FIRST_TUNING_SEED, OUTSIDE = 100, 2000
 DEMO = {"sizes": [40, 200], "draws": 2}
-# What --tune compares for a method, and with how many labels: flags beside those of every run.
+# What --tune compares for a method: flags beside those of every run, those of the script or of `tuning_parser`.
 SETTINGS = {
     "PEFT_LORA": {
         "as it is": [],
@@ -62,6 +64,8 @@ SETTINGS = {
         "three times the updates": ["--updates", "1800"],
         "all linear layers": ["--target_modules", "all-linear"],
         "all linear layers, a third of the rate": ["--target_modules", "all-linear", "--learning_rate", "7e-4"],
+        "longer warm-up": ["--warmup", "0.3"],
+        "head first": ["--head_first"],
     },
     "PEFT_QLORA": {"as it is": [], "a third of the rate": ["--learning_rate", "7e-4"]},
     "LAST_LAYER": {
@@ -166,12 +170,44 @@ def outside_the_draw(load):
     return load_draw
 
 
+def tuning_parser() -> argparse.ArgumentParser:
+    """What --tune varies beside the scripts' own flags."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--updates", type=int, default=UPDATES)
+    parser.add_argument("--warmup", type=float, default=0.1)
+    parser.add_argument("--head_first", action="store_true")
+    return parser
+
+
+def train_head_first(trainer: Trainer) -> None:
+    """Train the head alone, before LoRA's updates train with it (LP-FT, Kumar et al., 2022, arXiv:2202.10054)."""
+    updates = [weight for name, weight in trainer.model.named_parameters() if "lora_" in name]
+    off = {"eval_on_start": False, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    for weight in updates:
+        weight.requires_grad_(False)
+    collator = DataCollatorWithPadding(trainer.processing_class)
+    Trainer(trainer.model, replace(trainer.args, **off), collator, trainer.train_dataset).train()
+    for weight in updates:
+        weight.requires_grad_(True)
+
+
 def tune(job: dict) -> dict:
     """One draw with one setting, scored outside the draw. job: as of `fine_tune`, and "setting"."""
-    module, flags = full_fine_tuning.SCRIPT if job["method"] == FULL else script(job["method"]), list(job["flags"])
-    updates = int(flags.pop(flags.index("--updates") + 1)) if "--updates" in flags else 600
-    flags = [flag for flag in flags if flag != "--updates"]
-    with patch.object(module, "load_reviews", outside_the_draw(load_reviews)), patch("common.cli.UPDATES", updates):
+    module = full_fine_tuning.SCRIPT if job["method"] == FULL else script(job["method"])
+    setting, flags = tuning_parser().parse_known_args(job["flags"])
+    preflight, arguments = module.preflight, module.TrainingArguments
+
+    def prepare(config, trainer, new):
+        preflight(config, trainer, new)
+        if setting.head_first:
+            train_head_first(trainer)
+
+    changes = {
+        "load_reviews": outside_the_draw(load_reviews),
+        "preflight": prepare,
+        "TrainingArguments": lambda **given: arguments(**given | {"warmup_steps": setting.warmup}),
+    }
+    with patch.multiple(module, **changes), patch("common.cli.UPDATES", setting.updates):
         return fine_tune(job | {"flags": flags})
 
 
