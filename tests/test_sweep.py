@@ -37,20 +37,24 @@ def test_the_record_holds_every_combination(tmp_path, monkeypatch):
             self.commands += (argv,)
             best = {"epoch": 1, "validation_accuracy": 0.8 + 0.1 * len(self.commands), "validation_loss": 0.5}
             runs = [
-                {"best_epoch": 1, "epochs": [{"epoch": 0}, best]},
-                {"best_epoch": 0, "epochs": [best | {"epoch": 0}]},
+                {"best_epoch": 1, "epochs": [{"epoch": 0}, best], "train_seconds": 2.0, "peak_memory_bytes": 5},
+                {"best_epoch": 0, "epochs": [best | {"epoch": 0}], "train_seconds": 4.0, "peak_memory_bytes": 6},
             ]
-            return {"runs": runs, "config": {"demo": False, "max_train_samples": None}}
+            return {
+                "runs": runs,
+                "model": {"trainable_parameters": 7},
+                "config": {"demo": False, "max_train_samples": None},
+            }
 
     method = Method()
     monkeypatch.setattr(sweep, "HERE", tmp_path)
     monkeypatch.setattr(sweep, "script", lambda name: method)
-    sweep.main(["PEFT_LORA", "--learning_rate=1e-3,2e-3", "--lora_r=8", "--", "--seeds", "0", "1"])
-    record = json.loads((tmp_path / "PEFT_LORA_sweep_learning_rate_lora_r.json").read_text())
+    sweep.main(["PEFT_LORA", "--learning_rate=1e-3,2e-3", "--target_modules=a+b", "--", "--seeds", "0", "1"])
+    record = json.loads((tmp_path / "PEFT_LORA_sweep_learning_rate_target_modules.json").read_text())
     assert [list(row.values()) for row in record["results"]] == [
-        ["1e-3", "8", pytest.approx(0.9), 0.5, [1, 0]],
-        ["2e-3", "8", pytest.approx(1.0), 0.5, [1, 0]],
+        ["1e-3", "a+b", 7, 3.0, 6, pytest.approx(0.9), 0.5, [1, 0]],
+        ["2e-3", "a+b", 7, 3.0, 6, pytest.approx(1.0), 0.5, [1, 0]],
     ]
     first, _ = method.commands
-    assert first[:-1] == "--seeds 0 1 --learning_rate 1e-3 --lora_r 8 --output_dir".split()
+    assert first[:-1] == "--seeds 0 1 --learning_rate 1e-3 --target_modules a b --output_dir".split()
     assert record["command"].startswith("python -m common.study.sweep PEFT_LORA --learning_rate=1e-3,2e-3")

@@ -38,6 +38,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch.optim import AdamW
 from transformers import DataCollatorWithPadding, Trainer
 
 from common.cli import UPDATES, parse_config, run
@@ -59,23 +60,32 @@ DEMO = {"sizes": [40, 200], "draws": 2}
 SETTINGS = {
     "PEFT_LORA": {
         "as it is": [],
-        "a third of the rate": ["--learning_rate", "7e-4"],
+        "rate 7e-4": ["--learning_rate", "7e-4"],
+        "rate 2e-4": ["--learning_rate", "2e-4"],
+        "longer warm-up": ["--warmup", "0.3"],
+        "rate 7e-4, longer warm-up": ["--learning_rate", "7e-4", "--warmup", "0.3"],
         "a third of the updates": ["--updates", "200"],
         "three times the updates": ["--updates", "1800"],
-        "all linear layers": ["--target_modules", "all-linear"],
-        "all linear layers, a third of the rate": ["--target_modules", "all-linear", "--learning_rate", "7e-4"],
-        "longer warm-up": ["--warmup", "0.3"],
+        "rate 7e-4, three times the updates": ["--learning_rate", "7e-4", "--updates", "1800"],
+        "head at 1e-4": ["--head_rate", "1e-4"],
+        "rate 7e-4, head at 1e-4": ["--learning_rate", "7e-4", "--head_rate", "1e-4"],
         "head first": ["--head_first"],
+        "all linear layers": ["--target_modules", "all-linear"],
+        "all linear layers, rate 7e-4": ["--target_modules", "all-linear", "--learning_rate", "7e-4"],
     },
-    "PEFT_QLORA": {"as it is": [], "a third of the rate": ["--learning_rate", "7e-4"]},
+    "PEFT_QLORA": {"as it is": [], "rate 7e-4": ["--learning_rate", "7e-4"], "longer warm-up": ["--warmup", "0.3"]},
     "LAST_LAYER": {
         "as it is": [],
-        "a third of the rate": ["--learning_rate", "3e-4"],
+        "rate 3e-3": ["--learning_rate", "3e-3"],
+        "rate 3e-4": ["--learning_rate", "3e-4"],
+        "longer warm-up": ["--warmup", "0.3"],
         "a third of the updates": ["--updates", "200"],
+        "three times the updates": ["--updates", "1800"],
+        "head at 1e-4": ["--head_rate", "1e-4"],
         "two blocks": ["--blocks", "2"],
     },
-    "NEW_HEAD": {"as it is": [], "a third of the rate": ["--learning_rate", "1e-2"]},
-    FULL: {"as it is": [], "a third of the rate": ["--learning_rate", "3e-5"]},
+    "NEW_HEAD": {"as it is": [], "rate 1e-2": ["--learning_rate", "1e-2"]},
+    FULL: {"as it is": [], "rate 3e-5": ["--learning_rate", "3e-5"], "longer warm-up": ["--warmup", "0.3"]},
 }
 TUNED_SIZES = (100, 320, 1000)
 LOOKS = {  # markers and dashes hold in grey
@@ -176,6 +186,7 @@ def tuning_parser() -> argparse.ArgumentParser:
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--warmup", type=float, default=0.1)
     parser.add_argument("--head_first", action="store_true")
+    parser.add_argument("--head_rate", type=float)
     return parser
 
 
@@ -191,6 +202,16 @@ def train_head_first(trainer: Trainer) -> None:
         weight.requires_grad_(True)
 
 
+def slow_down_head(trainer: Trainer, rate: float) -> None:
+    """Train the head at a learning rate of its own."""
+    parts = {True: [], False: []}
+    for name, weight in trainer.model.named_parameters():
+        if weight.requires_grad:
+            parts["lora_" in name or ".layer." in name].append(weight)
+    groups = [{"params": parts[False], "lr": rate}, {"params": parts[True]}]
+    trainer.optimizer = AdamW(groups, lr=trainer.args.learning_rate, weight_decay=trainer.args.weight_decay)
+
+
 def tune(job: dict) -> dict:
     """One draw with one setting, scored outside the draw. job: as of `fine_tune`, and "setting"."""
     module = full_fine_tuning.SCRIPT if job["method"] == FULL else script(job["method"])
@@ -201,6 +222,8 @@ def tune(job: dict) -> dict:
         preflight(config, trainer, new)
         if setting.head_first:
             train_head_first(trainer)
+        if setting.head_rate:
+            slow_down_head(trainer, setting.head_rate)
 
     changes = {
         "load_reviews": outside_the_draw(load_reviews),

@@ -20,7 +20,8 @@ from scipy.special import log_softmax
 
 from common.cli import run
 from common.files import write_json
-from common.study.scripts import HERE, METHODS
+from common.study import full_fine_tuning
+from common.study.scripts import HERE, METHODS, script
 
 BINS = 15  # of confidence, of equal width
 
@@ -86,10 +87,11 @@ def compare(record: dict, other: dict, samples: int = 10_000) -> tuple[float, fl
 def main(argv: list[str] | None = None) -> dict:
     """Write the record of one method; returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", choices=[*METHODS, "full_fine_tuning"])
     parser.add_argument("--runs", type=Path, help="Folder with seed_*/logits.npz. [runs/ beside the script]")
     args = parser.parse_args(argv)
-    folder = args.runs or HERE.parents[1] / args.method / "runs"
+    method = full_fine_tuning if args.method == "full_fine_tuning" else script(args.method)
+    folder = args.runs or method.FOLDER / "runs"
     files = sorted(folder.glob("seed_*/logits.npz"))
     if not files:
         parser.error(f"--runs {folder}: has no seed_*/logits.npz; a full run of {args.method}/train.py leaves them")
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict:
     for file in files:
         seed = json.loads((file.parent / "run.json").read_text())["seed"]
         runs.append({"seed": seed, **describe(np.load(file))})
-    record = {"method": args.method, "runs": runs}
+    record = {"method": method.FOLDER.name, "runs": runs}
     write_json(record, HERE / f"{args.method}_predictions.json")
     for entry in runs:
         print({name: value for name, value in entry.items() if name != "right"})

@@ -158,25 +158,45 @@ def source(record: dict) -> str:
     return f"`{record['command']}`, commit {commit}{' with uncommitted changes' * bool(environment.get('dirty'))}."
 
 
+COSTS = {  # of a sweep's runs: title and format
+    "trainable_parameters": ("trainable parameters", "{:,}".format),
+    "train_seconds": ("training (s)", "{:.1f}".format),
+    "peak_memory_bytes": ("peak memory (GB)", lambda number: f"{number / 1e9:.2f}"),
+}
+
+
+def best_rates(results: list[dict], names: list[str]) -> list[dict]:
+    """Where a sweep varies learning rates beside other flags: for the others' every combination its best rate."""
+    if "--learning_rate" not in names or len(names) == 1:
+        return results
+    best = {}
+    for row in sorted(results, key=itemgetter("validation_accuracy")):
+        best[tuple(row[name] for name in names if name != "--learning_rate")] = row
+    return [row for row in results if row in best.values()]
+
+
 def sweep(folder: Path, words: list[str]) -> str:
     """What validation said of hyperparameters and other choices. words: a method, on another page than its own."""
     root, name = (folder, words[0]) if words else (folder.parent, folder.name)
     study, text = root / "common" / "study", ""
     for file in (*sorted(study.glob(f"{name}_sweep_*.json")), *study.glob(f"{name}_variants.json")):
         record = read(file)
-        first, *others = record["results"]
         measured = ("validation_accuracy", "validation_loss", "best_epoch")
-        names = [name for name in first if name not in measured]
+        names = [name for name in record["results"][0] if name == "variant" or name.startswith("--")]
+        first, *others = best_rates(record["results"], names)
+        costs = [name for name in COSTS if len({row.get(name) for row in (first, *others)}) > 1 and len(names) > 1]
         rows = [
             [
                 *(row[name] for name in names),
                 f"{100 * row['validation_accuracy']:.2f}",
                 "not finite" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}",
+                *(COSTS[name][1](row[name]) for name in costs),
             ]
             # the same to the last digit: a choice that this method does not have
             for row in [first, *(row for row in others if any(row[name] != first[name] for name in measured))]
         ]
-        header = ",".join([*(name.lstrip("-") for name in names), "validation accuracy", "validation loss"])
+        columns = [*(name.lstrip("-") for name in names), "validation accuracy", "validation loss"]
+        header = ",".join([*columns, *(COSTS[name][0] for name in costs)])
         text += f"{source(record)}\n\n{table(header, rows)}\n"
     return text or UNMEASURED
 

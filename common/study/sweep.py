@@ -3,13 +3,14 @@
     python -m common.study.sweep PEFT_LORA --learning_rate=5e-4,1e-3,2e-3 -- --seeds 0 1
     python -m common.study.sweep PEFT_LORA --variants -- --seeds 0 1
     python -m common.study.sweep PEFT_LORA --variants="as published,no warm-up" -- --seeds 0 1
+    python -m common.study.sweep PEFT_LORA --lora_r=1,4 --target_modules=query+value,all-linear -- --seeds 0 1
     python -m common.study.sweep full_fine_tuning --learning_rate=5e-5,1e-4,2e-4 -- --seeds 0 1
 
-The first trains once for every combination of the values given, the second once for every choice in `variants`, the
-third for some of them. Flags after `--` go to the script. Writes common/study/<METHOD>_sweep_learning_rate.json (or
-whatever the flag is) or <METHOD>_variants.json: means over the seeds, at the epoch that validation chooses. The test
-reviews play no part, so --max_test_samples 100 saves time. With --demo or
---max_train_samples the record stays in runs/.
+The second trains once for every choice in `variants`, the third for some of them, the others once for every
+combination of the values given; a plus joins the values of one flag. Flags after `--` go to the script. Writes
+common/study/<METHOD>_sweep_learning_rate.json (or whatever the flag is) or <METHOD>_variants.json: means over the
+seeds, at the epoch that validation chooses. The test reviews play no part, so --max_test_samples 100 saves time. With
+--demo or --max_train_samples the record stays in runs/.
 """
 
 import contextlib
@@ -67,9 +68,13 @@ def variants(method: ModuleType) -> dict[str, contextlib.AbstractContextManager]
 
 
 def validation_result(record: dict) -> dict:
-    """What validation says of a run: means over its seeds, at their best epochs."""
-    best = [epoch for seed in record["runs"] for epoch in seed["epochs"] if epoch["epoch"] == seed["best_epoch"]]
+    """What validation says of a run, and what the run cost: means over its seeds, at their best epochs."""
+    runs = record["runs"]
+    best = [epoch for seed in runs for epoch in seed["epochs"] if epoch["epoch"] == seed["best_epoch"]]
     return {
+        "trainable_parameters": record["model"]["trainable_parameters"],
+        "train_seconds": statistics.mean(seed["train_seconds"] for seed in runs),
+        "peak_memory_bytes": max(seed["peak_memory_bytes"] for seed in runs),
         "validation_accuracy": statistics.mean(epoch["validation_accuracy"] for epoch in best),
         "validation_loss": statistics.mean(epoch["validation_loss"] for epoch in best),
         "best_epoch": [epoch["epoch"] for epoch in best],
@@ -95,7 +100,9 @@ def main(argv: list[str] | None = None) -> dict:
         datasets.disable_caching()  # the cache does not see that a function was replaced
     content = {"command": command_line("-m common.study.sweep", argv), "results": [], "environment": environment()}
     for number, (title, change) in enumerate(jobs):
-        chosen = [] if kind == "variants" else itertools.chain(*title.items())
+        chosen = (
+            [] if kind == "variants" else [word for flag, value in title.items() for word in (flag, *value.split("+"))]
+        )
         folder = HERE / "runs" / name / kind / str(number)
         with change:
             record = method.main([*flags, *chosen, "--output_dir", str(folder)])
