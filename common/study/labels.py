@@ -234,10 +234,9 @@ def tune(job: dict) -> dict:
         return fine_tune(job | {"flags": flags})
 
 
-def start_process(numbers: Queue, quiet: bool) -> None:
-    """Give this process a GPU, in turn. quiet: no output, which would mix with that of the others."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[numbers.get() % len(visible)]
+def start_process(gpus: Queue, quiet: bool) -> None:
+    """Give this process the next GPU. quiet: no output, which would mix with that of the others."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     if quiet:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -336,15 +335,23 @@ def main(argv: list[str] | None = None) -> dict:
     }
     path.parent.mkdir(exist_ok=True)
     context = get_context("spawn")
-    numbers = context.Manager().Queue()
-    for number in range(args.jobs):
-        numbers.put(number)
-    with ProcessPoolExecutor(args.jobs, context, initializer=start_process, initargs=(numbers, args.jobs > 1)) as pool:
+    gpus = context.Manager().Queue()
+    # Counted here: a process that has counted its GPUs keeps all of them.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    for gpu in itertools.islice(itertools.cycle(visible.split(",")), args.jobs):
+        gpus.put(gpu)
+    failures = []
+    with ProcessPoolExecutor(args.jobs, context, initializer=start_process, initargs=(gpus, args.jobs > 1)) as pool:
         for result in as_completed([pool.submit(measure, job) for job in wanted(args) if key(job) not in done]):
+            if result.exception():  # the other draws are worth having
+                failures.append(result.exception())
+                continue
             rows.append(result.result() | {"commit": record["environment"]["commit"]})
             print(rows[-1], flush=True)
             rows.sort(key=lambda row: (everything.index(row["method"]), row["labels"], str(key(row))))
             write_json(record, path)
+    if failures:
+        raise failures[0]
     if not args.tune:
         save(labels_figure(rows, args.demo), path.with_suffix(".png"), rows)
     return record
