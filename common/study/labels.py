@@ -16,14 +16,15 @@ the draw; the test set plays no part. Writes common/study/labels_tuning.json. Wi
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+import math
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
-from queue import Queue
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from unittest.mock import patch
@@ -234,13 +235,11 @@ def tune(job: dict) -> dict:
         return fine_tune(job | {"flags": flags})
 
 
-def start_process(gpus: Queue, quiet: bool) -> None:
-    """Give this process the next GPU. quiet: no output, which would mix with that of the others."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
-    if quiet:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.dup2(nowhere, sys.stderr.fileno())
+def be_quiet() -> None:
+    """No output from this process, which would mix with that of the others."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, sys.stderr.fileno())
 
 
 def measure(job: dict) -> dict:
@@ -334,17 +333,26 @@ def main(argv: list[str] | None = None) -> dict:
         "rows": rows,
     }
     path.parent.mkdir(exist_ok=True)
-    context = get_context("spawn")
-    gpus = context.Manager().Queue()
-    # Counted here: a process that has counted its GPUs keeps all of them.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    for gpu in itertools.islice(itertools.cycle(visible.split(",")), args.jobs):
-        gpus.put(gpu)
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    jobs = [job for job in wanted(args) if key(job) not in done]
     failures = []
-    with ProcessPoolExecutor(args.jobs, context, initializer=start_process, initargs=(gpus, args.jobs > 1)) as pool:
-        for result in as_completed([pool.submit(measure, job) for job in wanted(args) if key(job) not in done]):
-            if result.exception():  # the other draws are worth having
-                failures.append(result.exception())
+    with contextlib.ExitStack() as stack:
+        pools = [
+            stack.enter_context(
+                ProcessPoolExecutor(
+                    math.ceil(args.jobs / len(gpus)), get_context("spawn"), be_quiet if args.jobs > 1 else None
+                )
+            )
+            for _ in gpus
+        ]
+        results = []
+        for job, (gpu, pool) in zip(jobs, itertools.cycle(zip(gpus, pools, strict=True)), strict=False):
+            with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=gpu):  # for the process that this may start
+                results.append(pool.submit(measure, job))
+        for result in as_completed(results):
+            if error := result.exception():  # the other draws are worth having
+                failures.append(error)
+                print(f"A draw failed: {error}", file=sys.stderr, flush=True)
                 continue
             rows.append(result.result() | {"commit": record["environment"]["commit"]})
             print(rows[-1], flush=True)
