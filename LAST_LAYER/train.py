@@ -80,11 +80,12 @@ class Config:
 
     # This method
     learning_rate: float = HfArg(default=1e-3, help="Peak of the schedule.")
+    head_learning_rate: float = HfArg(default=1e-4, help="The same for the head.")
     blocks: int = HfArg(default=1, help="Transformer blocks to train, from the last one down.")
 
 
 def build_model(config: Config, labels: dict) -> tuple:
-    """The model, the names of its newly initialised weights, and what of it runs once per review: nothing."""
+    """The model, the names of its newly initialised weights, and what else the trainer needs: the head's rate."""
     from common.blocks import last_blocks
     from common.model import head_modules, missing_weights, switch_off_dropout
 
@@ -98,10 +99,11 @@ def build_model(config: Config, labels: dict) -> tuple:
     )
     model.requires_grad_(False)
     last = last_blocks(model, config.blocks)
-    for part in (last, *map(model.get_submodule, head_modules(model))):
+    head = head_modules(model)
+    for part in (last, *map(model.get_submodule, head)):
         part.float().requires_grad_(True)  # what trains needs 32 bits
     switch_off_dropout(model.base_model, except_in=last)  # frozen blocks compute the same in every epoch
-    return model, missing_weights(loading), None
+    return model, missing_weights(loading), {"learning_rates": dict.fromkeys(head, config.head_learning_rate)}
 
 
 def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes: list[str]) -> dict:
@@ -111,7 +113,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     if finished:
         return finished
     set_seed(seed, deterministic=True)  # before the model is built, which draws its new weights
-    model, new, run_once = build_model(config, label_config(classes, tokenizer))
+    model, new, options = build_model(config, label_config(classes, tokenizer))
     speed_up(model)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -143,7 +145,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         eval_dataset={"train": training_sample(data), "validation": data["validation"]},
         processing_class=tokenizer,
         compute_metrics=validation_scores,
-        run_once=run_once,
+        **options,
     )
     preflight(config, trainer, new)
     clear_seed(FOLDER.name, config, folder, fingerprint)

@@ -83,7 +83,7 @@ class Config:
 
 
 def build_model(config: Config, labels: dict) -> tuple:
-    """The model, the names of its newly initialised weights, and what of it runs once per review: the backbone."""
+    """The model, the names of its newly initialised weights, and what else the trainer needs: the one pass."""
     from functools import partial
 
     from common.frozen import store_outputs
@@ -101,7 +101,7 @@ def build_model(config: Config, labels: dict) -> tuple:
     for part in map(model.get_submodule, head_modules(model)):
         part.float().requires_grad_(True)  # what trains needs 32 bits
     switch_off_dropout(model.base_model)  # noise would change a review's features from epoch to epoch
-    return model, missing_weights(loading), partial(store_outputs, run_backbone)
+    return model, missing_weights(loading), {"run_once": partial(store_outputs, run_backbone)}
 
 
 def run_backbone(model: torch.nn.Module, batches) -> torch.Tensor:
@@ -127,7 +127,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     if finished:
         return finished
     set_seed(seed, deterministic=True)  # before the model is built, which draws its new weights
-    model, new, run_once = build_model(config, label_config(classes, tokenizer))
+    model, new, options = build_model(config, label_config(classes, tokenizer))
     speed_up(model)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -159,7 +159,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         eval_dataset={"train": training_sample(data), "validation": data["validation"]},
         processing_class=tokenizer,
         compute_metrics=validation_scores,
-        run_once=run_once,
+        **options,
     )
     preflight(config, trainer, new)
     clear_seed(FOLDER.name, config, folder, fingerprint)

@@ -82,6 +82,9 @@ class Config:
     learning_rate: float = HfArg(
         default=2e-3, help="Peak of the schedule. At full fine-tuning's 2e-5 LoRA hardly learns."
     )
+    head_learning_rate: float = HfArg(
+        default=1e-4, help="The same for the head: at LoRA's rate it would forget, which costs most with few reviews."
+    )
     lora_r: int = HfArg(default=16, help="Rank of every update.")
     lora_alpha: int = HfArg(default=32, help="Updates are scaled by lora_alpha / lora_r.")
     target_modules: list[str] | None = HfArg(
@@ -91,7 +94,7 @@ class Config:
 
 
 def build_model(config: Config, labels: dict) -> tuple:
-    """The model, the names of its newly initialised weights, and what of it runs once per review: nothing."""
+    """The model, the names of its newly initialised weights, and what else the trainer needs: the head's rate."""
     from peft import LoraConfig, get_peft_model
 
     from common.blocks import lora_targets
@@ -117,7 +120,7 @@ def build_model(config: Config, labels: dict) -> tuple:
     )
     # The revision is kept with the adapter, which is worthless on another backbone.
     model = get_peft_model(model, lora, revision=config.model_revision)
-    return model, missing_weights(loading), None
+    return model, missing_weights(loading), {"learning_rates": dict.fromkeys(head, config.head_learning_rate)}
 
 
 def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes: list[str]) -> dict:
@@ -127,7 +130,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     if finished:
         return finished
     set_seed(seed, deterministic=True)  # before the model is built, which draws its new weights
-    model, new, run_once = build_model(config, label_config(classes, tokenizer))
+    model, new, options = build_model(config, label_config(classes, tokenizer))
     speed_up(model)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -159,7 +162,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         eval_dataset={"train": training_sample(data), "validation": data["validation"]},
         processing_class=tokenizer,
         compute_metrics=validation_scores,
-        run_once=run_once,
+        **options,
     )
     preflight(config, trainer, new)
     clear_seed(FOLDER.name, config, folder, fingerprint)

@@ -21,6 +21,7 @@ DEMO_SETTINGS = {
     "batch_size": 32,
     "gradient_accumulation_steps": 1,
     "learning_rate": 2e-3,
+    "head_learning_rate": 2e-3,
     "seeds": [0],
 }
 
@@ -41,15 +42,14 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     """
     logging.set_verbosity_error()  # the preflight says what matters of their reports on loading
     torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, and costs 8% of the speed
-    if "LOCAL_RANK" not in os.environ:  # one process, one GPU; torchrun starts a process for each
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # the first one decides for the process
     parser = HfArgumentParser(
         config_class, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     if parser.parse_known_args(argv)[0].demo:
-        parser.set_defaults(**DEMO_SETTINGS)
+        fields = {field.name for field in dataclasses.fields(config_class)}
+        parser.set_defaults(**{name: value for name, value in DEMO_SETTINGS.items() if name in fields})
     config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:  # HfArgumentParser itself would end in a traceback
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

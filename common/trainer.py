@@ -120,13 +120,21 @@ class EpochProgress(ProgressCallback):
 class ReviewTrainer(Trainer):
     """Trainer for tokenised reviews: data sets with columns `input_ids` and `labels`, or a `Subset` of one.
 
+    learning_rates: peak of the schedule for the parameters whose names contain a key; for all others it is that of
+    `args`.
     run_once: called once with this trainer and each data set's `ReviewTensors`, it returns what every epoch reads in
     their place (see `common/frozen.py`). None: every epoch runs the whole model.
     """
 
-    def __init__(self, *args, run_once: Callable | None = None, **kwargs):
+    def __init__(
+        self, *args, learning_rates: dict[str, float] | None = None, run_once: Callable | None = None, **kwargs
+    ):
+        kwargs["args"]._n_gpu = min(
+            kwargs["args"].n_gpu, 1
+        )  # one process, one GPU; torchrun starts a process for each
         kwargs["preprocess_logits_for_metrics"] = lambda found, _: found[0] if isinstance(found, tuple) else found
         super().__init__(*args, compute_loss_func=mean_cross_entropy, **kwargs)
+        self.learning_rates = learning_rates or {}
         self.run_once, self.run_once_seconds = run_once, 0.0  # the seconds are those of the training reviews
         self.tensors, self.inputs = {}, {}  # by fingerprint of the data set
         for verbose in (ProgressCallback, PrinterCallback):  # Trainer adds one of them
@@ -136,6 +144,17 @@ class ReviewTrainer(Trainer):
     def train(self, *args, **kwargs):
         with disable_input_dtype_casting(self.model):  # PEFT would cast to fp32 what autocast then casts back
             return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        for group in list(optimizer.param_groups):
+            for part, rate in self.learning_rates.items():
+                own = [weight for weight in group["params"] if part in names[id(weight)]]
+                group["params"] = [weight for weight in group["params"] if part not in names[id(weight)]]
+                if own:
+                    optimizer.add_param_group(group | {"params": own, "lr": rate})
+        return optimizer
 
     def tensors_of(self, reviews: datasets.Dataset) -> ReviewTensors:
         """The reviews on the device."""

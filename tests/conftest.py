@@ -98,7 +98,7 @@ def build(method, folder: Path, seed: int = 0, **flags):
 
 def make_trainer(method, folder: Path, output_dir: Path, tokens, **changes) -> ReviewTrainer:
     """A trainer as in the scripts, with few and small steps."""
-    model, _, run_once = build(method, folder)
+    model, _, options = build(method, folder)
     speed_up(model)
     settings = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "seed": 0}
     settings |= {"output_dir": str(output_dir), "report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
@@ -109,7 +109,7 @@ def make_trainer(method, folder: Path, output_dir: Path, tokens, **changes) -> R
         eval_dataset={"train": training_sample(tokens), "validation": tokens["validation"]},
         processing_class=transformers.AutoTokenizer.from_pretrained(folder),
         compute_metrics=validation_scores,
-        run_once=run_once,
+        **options,
     )
 
 

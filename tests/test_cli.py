@@ -1,7 +1,6 @@
 """Flags are read and checked before any work; what cannot be used ends in one line."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -140,19 +139,6 @@ def test_default_revision_belongs_to_the_default_name(flags, model_revision, dat
 def test_an_adapter_finds_its_backbone_from_any_folder(demo, monkeypatch):
     monkeypatch.chdir(demo[0].parent)
     assert Path(parse(f"--model {demo[0].name}").model) == demo[0].absolute()
-
-
-def test_one_gpu_unless_torchrun_deals_them_out(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    parse()
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ
-    monkeypatch.delenv("LOCAL_RANK")
-    parse()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")  # Trainer would spread batches over both
-    parse()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 # Demo

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ARCHITECTURES, make_trainer, set_dropout
 from torch.utils.data import Subset
 
@@ -144,3 +145,21 @@ def test_a_model_that_gives_more_than_logits_is_scored_by_its_logits(backbones, 
     alone = trainer.predict(tokens["test"]).predictions
     trainer.model.config.output_hidden_states = True
     assert np.array_equal(trainer.predict(tokens["test"]).predictions, alone)
+
+
+def test_one_process_uses_one_gpu(demo, tokens, tmp_path, monkeypatch):
+    seen = property(lambda args: vars(args).get("_n_gpu", 2))  # two GPUs: Trainer would spread batches over both
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", seen)
+    trainer = make_trainer("PEFT_LORA", demo[0], tmp_path, tokens)
+    assert trainer._wrap_model(trainer.model) is trainer.model
+
+
+@pytest.mark.parametrize(("method", "rest"), [("PEFT_LORA", "lora_"), ("LAST_LAYER", ".layer.")])
+def test_the_head_has_a_rate_of_its_own(method, rest, demo, tokens, tmp_path):
+    trainer = make_trainer(method, demo[0], tmp_path, tokens, warmup_steps=0)
+    trainer.create_optimizer_and_scheduler(10)
+    names = {id(weight): name for name, weight in trainer.model.named_parameters()}
+    rates = {names[id(weight)]: group["lr"] for group in trainer.optimizer.param_groups for weight in group["params"]}
+    assert set(rates) == {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert all(rate == (5e-3 if rest in name else 1e-4) for name, rate in rates.items())
+    assert {1e-4, 5e-3} == set(rates.values())

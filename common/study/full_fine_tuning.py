@@ -33,7 +33,7 @@ class Config(SCRIPT.Config):
 
 
 def build_model(config: Config, labels: dict) -> tuple:
-    """The model, all of it in float32 and trained, the names of its new weights, and no part that runs only once."""
+    """The model, all of it in float32 and trained, the names of its new weights, and nothing else for the trainer."""
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         config.model,
         revision=config.model_revision,
@@ -42,7 +42,7 @@ def build_model(config: Config, labels: dict) -> tuple:
         ignore_mismatched_sizes=True,
         **labels,
     )
-    return model, missing_weights(loading), None
+    return model, missing_weights(loading), {}
 
 
 def publish(folder: Path, argv: list[str] | None, config, data, fingerprint: str, runs: list[dict]) -> dict:

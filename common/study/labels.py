@@ -39,7 +39,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch.optim import AdamW
 from transformers import DataCollatorWithPadding, Trainer
 
 from common.cli import UPDATES, parse_config, run
@@ -57,36 +56,34 @@ EVERYTHING = 25_000  # stands for all training reviews
 SIZES = (32, 100, 320, 1000, 3200, 10_000, EVERYTHING)
 FIRST_TUNING_SEED, OUTSIDE = 100, 2000
 DEMO = {"sizes": [40, 200], "draws": 2}
+HEAD_2E3, HEAD_1E3 = ("--head_learning_rate", "2e-3"), ("--head_learning_rate", "1e-3")
+BOTH_7E4 = ("--learning_rate", "7e-4", "--head_learning_rate", "7e-4")
 # What --tune compares for a method: flags beside those of every run, those of the script or of `tuning_parser`.
 SETTINGS = {
     "PEFT_LORA": {
         "as it is": [],
         "rate 7e-4": ["--learning_rate", "7e-4"],
-        "rate 2e-4": ["--learning_rate", "2e-4"],
-        "longer warm-up": ["--warmup", "0.3"],
-        "rate 7e-4, longer warm-up": ["--learning_rate", "7e-4", "--warmup", "0.3"],
-        "a third of the updates": ["--updates", "200"],
-        "three times the updates": ["--updates", "1800"],
-        "rate 7e-4, three times the updates": ["--learning_rate", "7e-4", "--updates", "1800"],
-        "head at 1e-4": ["--head_rate", "1e-4"],
-        "rate 7e-4, head at 1e-4": ["--learning_rate", "7e-4", "--head_rate", "1e-4"],
-        "head first": ["--head_first"],
-        "all linear layers": ["--target_modules", "all-linear"],
-        "all linear layers, rate 7e-4": ["--target_modules", "all-linear", "--learning_rate", "7e-4"],
+        "rate and head's rate 7e-4": [*BOTH_7E4],
+        "rate and head's rate 7e-4, longer warm-up": [*BOTH_7E4, "--warmup", "0.3"],
+        "rate and head's rate 7e-4, all linear layers": [*BOTH_7E4, "--target_modules", "all-linear"],
+        "head's rate 2e-3": [*HEAD_2E3],
+        "head's rate 2e-3, longer warm-up": [*HEAD_2E3, "--warmup", "0.3"],
+        "head's rate 2e-3, a third of the updates": [*HEAD_2E3, "--updates", "200"],
+        "head's rate 2e-3, three times the updates": [*HEAD_2E3, "--updates", "1800"],
+        "head's rate 2e-3, head alone first": [*HEAD_2E3, "--head_first"],
+        "head's rate 2e-3, all linear layers": [*HEAD_2E3, "--target_modules", "all-linear"],
     },
-    "PEFT_QLORA": {"as it is": [], "rate 7e-4": ["--learning_rate", "7e-4"], "longer warm-up": ["--warmup", "0.3"]},
+    "PEFT_QLORA": {"as it is": [], "head's rate 2e-3": [*HEAD_2E3], "rate and head's rate 7e-4": [*BOTH_7E4]},
     "LAST_LAYER": {
         "as it is": [],
-        "rate 3e-3": ["--learning_rate", "3e-3"],
-        "rate 3e-4": ["--learning_rate", "3e-4"],
-        "longer warm-up": ["--warmup", "0.3"],
-        "a third of the updates": ["--updates", "200"],
-        "three times the updates": ["--updates", "1800"],
-        "head at 1e-4": ["--head_rate", "1e-4"],
-        "two blocks": ["--blocks", "2"],
+        "head's rate 1e-3": [*HEAD_1E3],
+        "rate and head's rate 3e-4": ["--learning_rate", "3e-4", "--head_learning_rate", "3e-4"],
+        "head's rate 1e-3, longer warm-up": [*HEAD_1E3, "--warmup", "0.3"],
+        "head's rate 1e-3, a third of the updates": [*HEAD_1E3, "--updates", "200"],
+        "head's rate 1e-3, two blocks": [*HEAD_1E3, "--blocks", "2"],
     },
     "NEW_HEAD": {"as it is": [], "rate 1e-2": ["--learning_rate", "1e-2"]},
-    FULL: {"as it is": [], "rate 3e-5": ["--learning_rate", "3e-5"], "longer warm-up": ["--warmup", "0.3"]},
+    FULL: {"as it is": [], "rate 3e-5": ["--learning_rate", "3e-5"]},
 }
 TUNED_SIZES = (100, 320, 1000)
 LOOKS = {  # markers and dashes hold in grey
@@ -187,7 +184,6 @@ def tuning_parser() -> argparse.ArgumentParser:
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--warmup", type=float, default=0.1)
     parser.add_argument("--head_first", action="store_true")
-    parser.add_argument("--head_rate", type=float)
     return parser
 
 
@@ -203,16 +199,6 @@ def train_head_first(trainer: Trainer) -> None:
         weight.requires_grad_(True)
 
 
-def slow_down_head(trainer: Trainer, rate: float) -> None:
-    """Train the head at a learning rate of its own."""
-    parts = {True: [], False: []}
-    for name, weight in trainer.model.named_parameters():
-        if weight.requires_grad:
-            parts["lora_" in name or ".layer." in name].append(weight)
-    groups = [{"params": parts[False], "lr": rate}, {"params": parts[True]}]
-    trainer.optimizer = AdamW(groups, lr=trainer.args.learning_rate, weight_decay=trainer.args.weight_decay)
-
-
 def tune(job: dict) -> dict:
     """One draw with one setting, scored outside the draw. job: as of `fine_tune`, and "setting"."""
     module = full_fine_tuning.SCRIPT if job["method"] == FULL else script(job["method"])
@@ -223,8 +209,6 @@ def tune(job: dict) -> dict:
         preflight(config, trainer, new)
         if setting.head_first:
             train_head_first(trainer)
-        if setting.head_rate:
-            slow_down_head(trainer, setting.head_rate)
 
     changes = {
         "load_reviews": outside_the_draw(load_reviews),
@@ -249,7 +233,7 @@ def measure(job: dict) -> dict:
 
 
 def wanted(args: argparse.Namespace) -> list[dict]:
-    """The jobs, those with most labels first: they take longest."""
+    """The jobs: three draws of everything first, and of them those with most labels, which take longest."""
     jobs = []
     for name, size in itertools.product(args.methods, sorted(args.sizes, reverse=True)):
         first, draws = (FIRST_TUNING_SEED, 3) if args.tune else (0, 5 if size <= 1000 else 3)
@@ -258,7 +242,7 @@ def wanted(args: argparse.Namespace) -> list[dict]:
         for (setting, flags), seed in itertools.product(settings.items(), range(first, first + draws)):
             job = {"method": name, "labels": size, "seed": seed, "flags": [*args.flags, *flags]}
             jobs.append(job | ({"setting": setting} if args.tune else {}))
-    return sorted(jobs, key=lambda job: -job["labels"])
+    return sorted(jobs, key=lambda job: (job["seed"] % FIRST_TUNING_SEED > 2, -job["labels"]))
 
 
 def labels_figure(rows: list[dict], demo: bool = False) -> Figure:

@@ -46,13 +46,13 @@ def variants(method: ModuleType) -> dict[str, contextlib.AbstractContextManager]
 
     def dropout_on(config, labels):
         with patch("common.model.switch_off_dropout", lambda *parts, **named: None):
-            model, new, _ = build_model(config, labels)
-        return model, new, None  # stored outputs would be those without dropout
+            model, new, options = build_model(config, labels)
+        return model, new, options | {"run_once": None}  # stored outputs would be those without dropout
 
     def dropout_off(config, labels):
-        model, new, run_once = build_model(config, labels)
+        model, new, options = build_model(config, labels)
         switch_off_dropout(model)
-        return model, new, run_once
+        return model, new, options
 
     return {
         "as published": contextlib.nullcontext(),
