@@ -37,35 +37,23 @@ def last_blocks(model: PreTrainedModel, count: int) -> nn.ModuleList:
 
 
 def lora_targets(model: PreTrainedModel, names: list[str] | None) -> list[str] | str:
-    """PEFT's `target_modules`: `names`, or where none are given the query and value projections.
+    """PEFT's `target_modules`: `names`, or where none are given the query and value projections: PEFT's own choice,
+    or for an architecture that it lacks (DistilBERT, for example) the linear layers whose names begin with q and v.
 
-    Raises UserError for a name that no linear layer ends in.
+    Raises UserError for a name that no linear layer ends in, and where there is none to choose.
     """
     if names == ["all-linear"]:
         return "all-linear"
-    linear = [f".{name}" for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
-    if unknown := [name for name in names or [] if not any(layer.endswith(f".{name}") for layer in linear)]:
-        has = ", ".join(sorted({layer.split(".")[-1] for layer in linear}))
-        raise UserError(
-            f"--target_modules {' '.join(unknown)}: no linear layer ends in it; all-linear alone, or {has}"
+    layers = [f".{name}" for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
+    ends = sorted({layer.split(".")[-1] for layer in layers})
+    queries_and_values = [name for name in ends if re.fullmatch(r"(q|query|v|value)(_\w+)?", name)]
+    chosen = names or KNOWN.get(model.config.model_type, queries_and_values)
+    unknown = [name for name in chosen if not any(layer.endswith(f".{name}") for layer in layers)]
+    if unknown or not chosen:
+        wrong = (
+            f"{' '.join(unknown)}: no linear layer ends in it"
+            if unknown
+            else f"must be given for {type(model).__name__}"
         )
-    return names or attention_projections(model)
-
-
-def attention_projections(model: PreTrainedModel) -> list[str]:
-    """Names that the query and value projections end in: from PEFT's own mapping of architectures, or for one that it
-    lacks (DistilBERT, for example) the linear layers of every block whose names begin with q and v.
-
-    Raises UserError where neither finds them.
-    """
-    if model.config.model_type in KNOWN:
-        return list(KNOWN[model.config.model_type])
-    first = transformer_blocks(model)[0]
-    linear = [name.split(".")[-1] for name, part in first.named_modules() if isinstance(part, nn.Linear)]
-    names = sorted(name for name in linear if re.fullmatch(r"(q|query|v|value)(_\w+)?", name))
-    if [name[0] for name in names] != ["q", "v"]:
-        raise UserError(
-            f"--model {model.config._name_or_path}: no query and value projections were found in "
-            f"{type(model).__name__}; PEFT knows those of {', '.join(sorted(KNOWN))}"
-        )
-    return names
+        raise UserError(f"--target_modules {wrong}; all-linear alone, or some of {', '.join(ends)}")
+    return list(chosen)

@@ -21,11 +21,8 @@ DEMO_SETTINGS = {
     "batch_size": 32,
     "gradient_accumulation_steps": 1,
     "learning_rate": 2e-3,
-    "head_learning_rate": 2e-3,
     "seeds": [0],
 }
-
-
 UPDATES = 600  # about as many at least, where --epochs is not given
 
 
@@ -48,8 +45,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     if parser.parse_known_args(argv)[0].demo:
-        fields = {field.name for field in dataclasses.fields(config_class)}
-        parser.set_defaults(**{name: value for name, value in DEMO_SETTINGS.items() if name in fields})
+        parser.set_defaults(**DEMO_SETTINGS)
     config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:  # HfArgumentParser itself would end in a traceback
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -128,9 +124,7 @@ def _check(config) -> None:
         )
     trackers = ["none", "all", *get_available_reporting_integrations()]
     if config.report_to not in trackers:
-        raise UserError(
-            f"--report_to {config.report_to}: is not known or not installed; at hand: {', '.join(trackers)}"
-        )
+        raise UserError(f"--report_to {config.report_to}: not known or not installed; at hand: {', '.join(trackers)}")
 
 
 def run(main: Callable[[], object]) -> None:

@@ -22,21 +22,15 @@ POSITIVE = "good great funny clever moving gripping charming brilliant".split()
 THINGS = "acting plot script music dialogue ending direction pacing photography humour story".split()
 
 
-def write_review(label: int, rng: random.Random) -> str:
-    """One review of three sentences; `label` is 0 for negative, 1 for positive."""
-    same, other = (POSITIVE, NEGATIVE) if label else (NEGATIVE, POSITIVE)
-    words = {"same": same, "other": other, "thing": THINGS}
-    text = " ".join(rng.sample(SENTENCES, 3))
-    return re.sub(r"{(\w+)}", lambda slot: rng.choice(words[slot[1]]), text)
-
-
 def write_corpus() -> tuple[list[dict], list[dict]]:
     """Train and test rows {"text", "label"}, sorted by label as IMDb is, so that a missing shuffle shows."""
     rng, splits = random.Random(0), ([], [])
-    for label in (0, 1):
-        texts = {}  # as keys, so that no review comes twice
+    for label, same, other in ((0, NEGATIVE, POSITIVE), (1, POSITIVE, NEGATIVE)):
+        words, texts = {"same": same, "other": other, "thing": THINGS}, {}
         while len(texts) < (TRAIN_REVIEWS + TEST_REVIEWS) // 2:
-            texts[write_review(label, rng)] = label
+            text = " ".join(rng.sample(SENTENCES, 3))
+            text = re.sub(r"{(\w+)}", lambda slot, words=words: rng.choice(words[slot[1]]), text)
+            texts[text] = label  # as keys, so that no review comes twice
         rows = [{"text": text, "label": label} for text in texts]
         splits[0].extend(rows[: TRAIN_REVIEWS // 2])
         splits[1].extend(rows[TRAIN_REVIEWS // 2 :])

@@ -2,9 +2,9 @@
 
 import datasets
 import evaluate
-import numpy as np
 import psutil
 import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import nn
 from transformers import EvalPrediction
 
@@ -22,21 +22,12 @@ class ClassificationScores(evaluate.Metric):
         return evaluate.MetricInfo(description=self.__doc__, citation="", features=features)
 
     def _compute(self, predictions, references, num_classes: int) -> dict:
-        pairs = np.asarray(references) * num_classes + np.asarray(predictions)
-        confusion = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-        hits, true, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-        # A class that was never predicted, or never occurs, scores 0.
-        by_class = {
-            "f1": 2 * hits / np.maximum(true + predicted, 1),
-            "precision": hits / np.maximum(predicted, 1),
-            "recall": hits / np.maximum(true, 1),
-        }
-        averaged = slice(1, 2) if num_classes == 2 else slice(None)
-        return {
-            "accuracy": float(hits.sum() / confusion.sum()),
-            **{name: float(values[averaged].mean()) for name, values in by_class.items()},
-            "confusion_matrix": confusion.tolist(),
-        }
+        pair, classes = (references, predictions), list(range(num_classes))
+        options = {"labels": [1] if num_classes == 2 else classes, "average": "macro", "zero_division": 0}
+        precision, recall, f1 = map(float, precision_recall_fscore_support(*pair, **options)[:3])
+        confusion = confusion_matrix(*pair, labels=classes).tolist()
+        scores = {"accuracy": accuracy_score(*pair), "f1": f1, "precision": precision, "recall": recall}
+        return scores | {"confusion_matrix": confusion}
 
 
 def score(prediction: EvalPrediction) -> dict:

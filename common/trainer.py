@@ -10,6 +10,7 @@ length from 8 processes. That PEFT casts no inputs is worth 8% of the memory.
 import math
 import time
 from collections.abc import Callable
+from itertools import product
 
 import datasets
 import numpy as np
@@ -112,9 +113,9 @@ class EpochProgress(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "eval_validation_accuracy" in logs:
-            accuracy, loss = logs["eval_validation_accuracy"], logs["eval_validation_loss"]
-            epoch = f"epoch {state.epoch or 0:.0f}"
-            self.training_bar.write(f"{epoch}  validation accuracy {accuracy:.2%}, loss {loss:.4f}")
+            line = "epoch {epoch:.0f}  validation accuracy {eval_validation_accuracy:.2%}, "
+            line += "loss {eval_validation_loss:.4f}"
+            self.training_bar.write(line.format(**{"epoch": 0} | logs))
 
 
 class ReviewTrainer(Trainer):
@@ -148,12 +149,10 @@ class ReviewTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         names = {id(weight): name for name, weight in self.model.named_parameters()}
-        for group in list(optimizer.param_groups):
-            for part, rate in self.learning_rates.items():
-                own = [weight for weight in group["params"] if part in names[id(weight)]]
-                group["params"] = [weight for weight in group["params"] if part not in names[id(weight)]]
-                if own:
-                    optimizer.add_param_group(group | {"params": own, "lr": rate})
+        for (part, rate), group in product(self.learning_rates.items(), list(optimizer.param_groups)):
+            own = [weight for weight in group["params"] if part in names[id(weight)]]
+            group["params"] = [weight for weight in group["params"] if part not in names[id(weight)]]
+            optimizer.add_param_group(group | {"params": own, "lr": rate})
         return optimizer
 
     def tensors_of(self, reviews: datasets.Dataset) -> ReviewTensors:

@@ -77,7 +77,7 @@ def test_dashes_are_as_good_as_underscores():
         ("--seeds 4294967296", "--seeds 4294967296: must be different integers from 0"),
         ("--batch_size 10 --gradient_accumulation_steps 4", "--batch_size 10: must be a multiple of 4"),
         ("--demo --gradient_accumulation_steps 64", "--batch_size 32: must be a multiple of 64"),
-        ("--report_to nobody", "--report_to nobody: is not known or not installed; at hand: none, all"),
+        ("--report_to nobody", "--report_to nobody: not known or not installed; at hand: none, all"),
         (f"--output_dir {__file__}", f"--output_dir {__file__}: {__file__} is no folder"),
         (f"--output_dir {__file__}/below", f"--output_dir {__file__}/below: {__file__} is no folder"),
     ],

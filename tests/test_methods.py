@@ -280,7 +280,11 @@ def test_an_evaluation_does_not_keep_4_bit_layers_from_training(backbones):
     ("name", "config", "missing"),
     [
         ("LAST_LAYER", {"model_type": "albert", "num_hidden_layers": 3}, "no list of 3 Transformer blocks"),
-        ("PEFT_LORA", {"model_type": "modernbert", "num_hidden_layers": 2}, "no query and value"),
+        (
+            "PEFT_LORA",
+            {"model_type": "modernbert", "num_hidden_layers": 2},
+            "must be given for ModernBert.* some of Wi, Wo, Wqkv",
+        ),
     ],
 )
 def test_an_architecture_that_a_method_cannot_serve(name, config, missing, tmp_path, demo):
