@@ -78,6 +78,12 @@ def test_the_tables(tmp_path):
     for name in ("labels", "labels_tuning"):
         (tmp_path / "common" / "study" / f"{name}.json").write_text(json.dumps(record))
     text = report.labels(tmp_path, [])
-    assert "| labels | 100 | all |" in text and "4 draws at a time; all of them together took 2 minutes" in text
+    assert (
+        "| labels | 100 | all |" in text
+        and "4 draws at a time; all of them together took 2 minutes" in text
+        and "over 1 to 2 draws" in text
+    )
     assert "| PEFT_LORA | 72.0 ± 2.8 | 90.0 |\n| NEW_HEAD | 60.0 |  |\n" in text
-    assert "| PEFT_LORA: as it is | 72.0 ± 2.8 | 90.0 |" in report.labels_tuning(tmp_path, [])
+    for page, words in ((tmp_path / "PEFT_LORA", []), (tmp_path, ["PEFT_LORA"])):
+        table = report.labels_tuning(page, words)
+        assert "| as it is | 72.0 ± 2.8 | 90.0 |" in table and "60.0" not in table

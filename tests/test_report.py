@@ -225,6 +225,34 @@ def test_a_methods_page(project):
     assert "`python sweep`" in render("sweep A", project), "on another page than its own"
 
 
+def test_the_guide_takes_the_fastest_of_the_most_accurate(project):
+    draws = [  # method, labels, accuracies, seconds
+        ("PEFT_LORA", 100, (0.80, 0.84), 20),
+        ("PEFT_QLORA", 100, (0.81, 0.84), 30),  # the most accurate, by less than the spread
+        ("LAST_LAYER", 100, (0.70, 0.71), 5),
+        ("NEW_HEAD", 100, (0.60, 0.61), 1),
+        ("PEFT_LORA", 1000, (0.88, 0.88), 20),  # not all four: no advice
+        ("TF-IDF + logistic regression", 100, (0.65, 0.67), 1),
+    ]
+    rows = [
+        {"method": method, "labels": size, "test_accuracy": accuracy, "train_seconds": seconds}
+        for method, size, accuracies, seconds in draws
+        for accuracy in accuracies
+    ]
+    write(project / "common" / "study" / "labels.json", {"rows": rows})
+    write(project / "common" / "study" / "full_fine_tuning.json", record("full fine-tuning", [0.93]))
+    write(project / "common" / "study" / "references.json", REFERENCES)
+    block = f"guide {' '.join(METHODS)}"
+    assert report.UNMEASURED in render(block, project), "no records of the methods yet"
+    for method in METHODS:
+        (project / method).mkdir()
+        write(project / method / "results.json", record(method, [0.90, 0.92]))
+    text = render(block, project)
+    assert "| 100 | [PEFT_LORA](PEFT_LORA/README.md) | 82.0 ± 2.8 | 66.0 ± 1.4 |  |\n" in text and "1,000" not in text
+    assert "Weights here: 500 MB and 500 MB" in text and "PEFT_LORA saves 1.2 MB for each task" in text
+    assert "LAST_LAYER trains in 11 s to 91.2 ± 0.1, PEFT_LORA in 11 s to 91.2 ± 0.1" in text
+
+
 def test_small_steps_are_compared_with_the_same_seed(project):
     published, small = record("A", [0.90, 0.92]), record("A", [0.93])
     small["runs"][0] |= {"seed": 1, "peak_memory_bytes": 1.5e9}

@@ -245,8 +245,9 @@ def wanted(args: argparse.Namespace) -> list[dict]:
     return sorted(jobs, key=lambda job: (job["seed"] % FIRST_TUNING_SEED > 2, -job["labels"]))
 
 
-def labels_figure(rows: list[dict], demo: bool = False) -> Figure:
-    """Test accuracy against the number of labels, with a band of one sd for each method; below it, training time."""
+def labels_figure(rows: list[dict], jobs: int = 1, demo: bool = False) -> Figure:
+    """Test accuracy against the number of labels, with a band of one sd for each method; below it, training time,
+    measured with `jobs` draws at a time."""
     figure = page("How many labels does each method need?", (8.6, 7.6), demo)
     above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     for (name, look), axes in itertools.product(LOOKS.items(), (above, below)):
@@ -267,7 +268,9 @@ def labels_figure(rows: list[dict], demo: bool = False) -> Figure:
         style(axes, grid="y")
     above.set(xscale="log", ylabel="test accuracy")
     above.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    below.set(yscale="log", ylabel="training (seconds)", xlabel="labels, those of validation included")
+    below.set(
+        yscale="log", ylabel=f"training (seconds,\n{jobs} at a time)", xlabel="labels, those of validation included"
+    )
     below.yaxis.set_major_formatter(ScalarFormatter())
     below.yaxis.set_minor_formatter(NullFormatter())
     ticks = sorted({row["labels"] for row in rows})
@@ -345,7 +348,7 @@ def main(argv: list[str] | None = None) -> dict:
     if failures:
         raise failures[0]
     if not args.tune:
-        save(labels_figure(rows, args.demo), path.with_suffix(".png"), rows)
+        save(labels_figure(rows, args.jobs, args.demo), path.with_suffix(".png"), rows)
     return record
 
 

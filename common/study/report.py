@@ -9,6 +9,7 @@ the folders A and B. What stands between them is replaced. common/study/comparis
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from operator import itemgetter
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from common.record import ROOT, spread, summarize
 from common.study.comparison import draw_comparison
-from common.study.labels import EVERYTHING
+from common.study.labels import BAG, EVERYTHING, FULL
 from common.study.predictions import compare, right_answers
 from common.study.tricks import ALL, TRICKS, worth
 
@@ -272,20 +273,88 @@ def labels(root: Path, _: list[str]) -> str:
     if not record:
         return UNMEASURED
     minutes = sum(row.get("total_seconds", 0) for row in record["rows"]) / 60
+    counts = Counter((row["method"], row["labels"]) for row in record["rows"]).values()
+    draws = " to ".join(map(str, sorted({min(counts), max(counts)})))
     return (
         "![test accuracy by the number of labels](common/study/labels.png)\n\n"
         f"{source(record)} On {record['environment']['gpu']}, {record['jobs_at_a_time']} draws at a time; all of them "
-        f"together took {minutes:.0f} minutes. Test accuracy in percent, mean ± standard deviation over draws.\n\n"
+        f"together took {minutes:.0f} minutes. Test accuracy in percent, mean ± standard deviation over {draws} "
+        "draws.\n\n"
         f"{accuracy_by_labels(record['rows'], itemgetter('method'))}"
     )
 
 
-def labels_tuning(root: Path, _: list[str]) -> str:
-    """What other settings do with few labels, on draws and reviews of their own."""
-    record = read(root / "common" / "study" / "labels_tuning.json")
-    if not record:
+def advice(rows: list[dict], folders: list[str]) -> dict | None:
+    """Of one number of labels: the fastest method of those within one sd of the most accurate, and its figures."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row)
+    if not set(folders) <= set(found):
+        return None
+    scores = {name: summarize([row["test_accuracy"] for row in draws]) for name, draws in found.items()}
+    best = max(folders, key=lambda name: scores[name]["mean"])
+    spreads = {name: max(scores[name]["sd"] or 0, scores[best]["sd"] or 0) for name in folders}
+    level = [name for name in folders if scores[best]["mean"] - scores[name]["mean"] <= spreads[name]]
+    seconds = {name: statistics.mean(row["train_seconds"] for row in found[name]) for name in level}
+    return {"method": min(level, key=seconds.get), "scores": scores}
+
+
+def guide(root: Path, folders: list[str]) -> str:
+    """Which method to take, by questions that a reader can answer: each answer with its figures and its command."""
+    study, records = root / "common" / "study", {folder: read(root / folder / "results.json") for folder in folders}
+    counted, full = read(study / "labels.json"), read(study / "full_fine_tuning.json")
+    if not (all(records.values()) and counted and full):
         return UNMEASURED
-    return f"{source(record)}\n\n{accuracy_by_labels(record['rows'], '{method}: {setting}'.format_map)}"
+    rows = []
+    for size in sorted({row["labels"] for row in counted["rows"]}):
+        if advised := advice([row for row in counted["rows"] if row["labels"] == size], folders):
+            name, scores = advised["method"], advised["scores"]
+            others = [spread(scores[other]) if other in scores else "" for other in (BAG, FULL)]
+            labels = f"all {records[name]['dataset']['train']:,}" if size == EVERYTHING else f"{size:,}"
+            rows.append([labels, f"[{name}]({name}/README.md)", spread(scores[name]), *others])
+    lora, qlora, last = (records[name] for name in ("PEFT_LORA", "PEFT_QLORA", "LAST_LAYER"))
+    weights = [f"{record['runs'][0]['memory_bytes']['weights'] / 1e6:,.0f} MB" for record in (lora, qlora)]
+    saved = [f"{record['runs'][0]['checkpoint_bytes'] / 1e6:.1f} MB" for record in (lora, last, full)]
+    seconds = [f"{record['summary']['train_seconds']['mean']:.0f} s" for record in (last, lora)]
+    accuracy = {record["method"]: spread(record["summary"]["test_accuracy"]) for record in records.values()}
+    bag = {row["name"]: f"{100 * row['accuracy']:.1f}" for row in reference_rows(root)}.get(BAG, "")
+    answers = [
+        [
+            "Does the backbone fit your GPU?",
+            f"Yes: PEFT_LORA. No: PEFT_QLORA, which keeps it in 4 bits. Weights here: {' and '.join(weights)}",
+            "`python PEFT_QLORA/train.py`",
+        ],
+        [
+            "Many tasks on one backbone?",
+            "PEFT_LORA saves {} for each task, LAST_LAYER {}, full fine-tuning {}".format(*saved),
+            "`python PEFT_LORA/train.py`",
+        ],
+        [
+            "Is time short?",
+            f"LAST_LAYER trains in {seconds[0]} to {accuracy['LAST_LAYER']}, PEFT_LORA in {seconds[1]} to "
+            f"{accuracy['PEFT_LORA']}",
+            "`python LAST_LAYER/train.py`",
+        ],
+        [
+            "No GPU?",
+            f"{BAG} reaches {bag}; NEW_HEAD, which runs the backbone once per review, {accuracy['NEW_HEAD']}",
+            "`python -m common.study.references`",
+        ],
+    ]
+    return (
+        "**How many labels do you have?** Take the fastest of the methods that are within one standard deviation of "
+        "the most accurate (test accuracy in percent, mean ± standard deviation over draws of the labels):\n\n"
+        f"{table(f'labels,take,test accuracy,{BAG},{FULL}', rows)}\n**What else matters?** Figures are of this "
+        f"backbone and all labels.\n\n{table('question,answer,command', answers).replace('---:', '---')}"
+    )
+
+
+def labels_tuning(folder: Path, words: list[str]) -> str:
+    """What other settings of a method do with few labels, on draws and reviews of their own. words: as of `sweep`."""
+    root, name = (folder, " ".join(words)) if words else (folder.parent, folder.name)
+    record = read(root / "common" / "study" / "labels_tuning.json")
+    rows = [row for row in record["rows"] if row["method"] == name] if record else []
+    return f"{source(record)}\n\n{accuracy_by_labels(rows, itemgetter('setting'))}" if rows else UNMEASURED
 
 
 def predictions(root: Path, folders: list[str]) -> list[dict]:
@@ -333,7 +402,20 @@ def whole_command(root: Path, _: list[str]) -> str:
 BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
     block.__name__: block
     for block in (
-        *(results, references, charts, result, chart, sweep, small_gpu, benchmark, tricks, labels, labels_tuning),
+        *(
+            results,
+            references,
+            charts,
+            result,
+            chart,
+            sweep,
+            small_gpu,
+            benchmark,
+            tricks,
+            labels,
+            labels_tuning,
+            guide,
+        ),
         *(differences, calibration, whole_command),
     )
 }
