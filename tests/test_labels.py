@@ -1,6 +1,7 @@
 """The study by number of labels: other reviews for every draw, none of the test set for tuning, nothing done twice."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(labels, "HERE", folder)
+        patch.setattr(labels, "ProcessPoolExecutor", ThreadPoolExecutor)  # a process needs seconds to start
         record = labels.main(["--demo", "--sizes", "60", "--methods", "NEW_HEAD", labels.BAG])
     return folder / "runs", record
 
