@@ -148,7 +148,7 @@ class ReviewTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        names = {id(weight): name for name, weight in (model or self.model).named_parameters()}
         for (part, rate), group in product(self.learning_rates.items(), list(optimizer.param_groups)):
             own = [weight for weight in group["params"] if part in names[id(weight)]]
             group["params"] = [weight for weight in group["params"] if part not in names[id(weight)]]

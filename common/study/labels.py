@@ -324,14 +324,8 @@ def main(argv: list[str] | None = None) -> dict:
     jobs = [job for job in wanted(args) if key(job) not in done]
     failures = []
     with contextlib.ExitStack() as stack:
-        pools = [
-            stack.enter_context(
-                ProcessPoolExecutor(
-                    math.ceil(args.jobs / len(gpus)), get_context("spawn"), be_quiet if args.jobs > 1 else None
-                )
-            )
-            for _ in gpus
-        ]
+        count, initializer = math.ceil(args.jobs / len(gpus)), be_quiet if args.jobs > 1 else None
+        pools = [stack.enter_context(ProcessPoolExecutor(count, get_context("spawn"), initializer)) for _ in gpus]
         results = []
         for job, (gpu, pool) in zip(jobs, itertools.cycle(zip(gpus, pools, strict=True)), strict=False):
             with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=gpu):  # for the process that this may start
