@@ -80,7 +80,7 @@ class Config:
 
     # This method
     learning_rate: float = HfArg(default=1e-3, help="Peak of the schedule.")
-    head_learning_rate: float = HfArg(default=1e-4, help="The same for the head.")
+    head_learning_rate: float = HfArg(default=1e-4, help="Peak of the schedule for the head.")
     blocks: int = HfArg(default=1, help="Transformer blocks to train, from the last one down.")
 
 

@@ -83,7 +83,8 @@ class Config:
         default=2e-3, help="Peak of the schedule. At full fine-tuning's 2e-5 LoRA hardly learns."
     )
     head_learning_rate: float = HfArg(
-        default=1e-4, help="The same for the head: at LoRA's rate it would forget, which costs most with few reviews."
+        default=1e-4,
+        help="Peak for the head. With 100 reviews LoRA's own rate costs points; with all it gains a little.",
     )
     lora_r: int = HfArg(default=16, help="Rank of every update.")
     lora_alpha: int = HfArg(default=32, help="Updates are scaled by lora_alpha / lora_r.")
@@ -116,7 +117,7 @@ def build_model(config: Config, labels: dict) -> tuple:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         target_modules=lora_targets(model, config.target_modules),
-        modules_to_save=head,  # PEFT's default misses the poolers of BERT and DeBERTa
+        modules_to_save=[*head],  # PEFT's default misses the poolers of BERT and DeBERTa
     )
     # The revision is kept with the adapter, which is worthless on another backbone.
     model = get_peft_model(model, lora, revision=config.model_revision)

@@ -46,8 +46,9 @@ def lora_targets(model: PreTrainedModel, names: list[str] | None) -> list[str] |
         return "all-linear"
     layers = [f".{name}" for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
     ends = sorted({layer.split(".")[-1] for layer in layers})
-    queries_and_values = [name for name in ends if re.fullmatch(r"(q|query|v|value)(_\w+)?", name)]
-    chosen = names or KNOWN.get(model.config.model_type, queries_and_values)
+    found = [name for name in ends if re.fullmatch(r"(q|query|v|value)(_\w+)?", name)]
+    found = found if {name[0] for name in found} == {"q", "v"} else []
+    chosen = names or KNOWN.get(model.config.model_type, found)
     unknown = [name for name in chosen if not any(layer.endswith(f".{name}") for layer in layers)]
     if unknown or not chosen:
         wrong = (

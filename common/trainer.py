@@ -121,20 +121,16 @@ class EpochProgress(ProgressCallback):
 class ReviewTrainer(Trainer):
     """Trainer for tokenised reviews: data sets with columns `input_ids` and `labels`, or a `Subset` of one.
 
-    learning_rates: peak of the schedule for the parameters whose names contain a key; for all others it is that of
+    learning_rates: peak of the schedule for the parameters of the modules named; for all others it is that of
     `args`.
     run_once: called once with this trainer and each data set's `ReviewTensors`, it returns what every epoch reads in
     their place (see `common/frozen.py`). None: every epoch runs the whole model.
     """
 
-    def __init__(
-        self, *args, learning_rates: dict[str, float] | None = None, run_once: Callable | None = None, **kwargs
-    ):
-        kwargs["args"]._n_gpu = min(
-            kwargs["args"].n_gpu, 1
-        )  # one process, one GPU; torchrun starts a process for each
+    def __init__(self, *, args, learning_rates: dict | None = None, run_once: Callable | None = None, **kwargs):
+        args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU; torchrun starts a process for each
         kwargs["preprocess_logits_for_metrics"] = lambda found, _: found[0] if isinstance(found, tuple) else found
-        super().__init__(*args, compute_loss_func=mean_cross_entropy, **kwargs)
+        super().__init__(args=args, compute_loss_func=mean_cross_entropy, **kwargs)
         self.learning_rates = learning_rates or {}
         self.run_once, self.run_once_seconds = run_once, 0.0  # the seconds are those of the training reviews
         self.tensors, self.inputs = {}, {}  # by fingerprint of the data set
@@ -150,9 +146,10 @@ class ReviewTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         names = {id(weight): name for name, weight in (model or self.model).named_parameters()}
         for (part, rate), group in product(self.learning_rates.items(), list(optimizer.param_groups)):
-            own = [weight for weight in group["params"] if part in names[id(weight)]]
-            group["params"] = [weight for weight in group["params"] if part not in names[id(weight)]]
-            optimizer.add_param_group(group | {"params": own, "lr": rate})
+            own = [weight for weight in group["params"] if f".{part}." in f".{names[id(weight)]}"]
+            if own:
+                group["params"] = [weight for weight in group["params"] if not any(weight is other for other in own)]
+                optimizer.add_param_group(group | {"params": own, "lr": rate})
         return optimizer
 
     def tensors_of(self, reviews: datasets.Dataset) -> ReviewTensors:

@@ -65,27 +65,48 @@ def test_tuning_sees_training_reviews_outside_the_draw_and_no_test_review(demo, 
 
 
 def test_the_tables(tmp_path):
-    draws = [("PEFT_LORA", 100, 0.7), ("PEFT_LORA", 100, 0.74), ("PEFT_LORA", 25_000, 0.9), ("NEW_HEAD", 100, 0.6)]
-    rows = [
-        {"method": name, "labels": size, "seed": 0, "setting": "as it is", "test_accuracy": score, "total_seconds": 30}
-        for name, size, score in draws
+    draws = [  # method, labels, seed, setting, accuracy
+        ("PEFT_LORA", 100, 0, "as it is", 0.7),
+        ("PEFT_LORA", 100, 1, "as it is", 0.74),
+        ("PEFT_LORA", 100, 2, "as it is", 0.2),  # not with the other setting: no part of the comparison
+        ("PEFT_LORA", 100, 1, "rate 7e-4", 0.72),
+        ("PEFT_LORA", 100, 0, "rate 7e-4", 0.72),
+        ("PEFT_LORA", 25_000, 0, "as it is", 0.9),
+        ("NEW_HEAD", 1000, 0, "as it is", 0.6),
     ]
-    record = {
-        "command": "python l",
-        "jobs_at_a_time": 4,
-        "environment": {"gpu": "G1", "commit": "0" * 40},
-        "rows": rows,
-    }
+    names = ("method", "labels", "seed", "setting", "test_accuracy")
+    extra = {"total_seconds": 30, "commit": "0" * 40}
+    rows = [dict(zip(names, draw, strict=True)) | extra for draw in draws]
+    rest = {"command": "python l", "jobs_at_a_time": 4, "environment": {"gpu": "G1", "commit": "0" * 40}}
     (tmp_path / "common" / "study").mkdir(parents=True)
-    for name in ("labels", "labels_tuning"):
-        (tmp_path / "common" / "study" / f"{name}.json").write_text(json.dumps(record))
+    plain = [row for row in rows if row["setting"] == "as it is" and row["seed"] < 2]
+    for name, found in (("labels", plain), ("labels_tuning", rows)):
+        (tmp_path / "common" / "study" / f"{name}.json").write_text(json.dumps(rest | {"rows": found}))
     text = report.labels(tmp_path, [])
-    assert (
-        "| labels | 100 | all |" in text
-        and "4 draws at a time; all of them together took 2 minutes" in text
-        and "over 1 to 2 draws" in text
-    )
-    assert "| PEFT_LORA | 72.0 ± 2.8 | 90.0 |\n| NEW_HEAD | 60.0 |  |\n" in text
+    assert "| method | 100 | 1,000 | all labels |" in text and "over 1 to 2 draws" in text
+    assert "4 draws at a time; those of the fine-tuning methods add up to 2 minutes" in text
+    assert "| PEFT_LORA | 72.0 ± 2.8 |  | 90.0 |\n| NEW_HEAD |  | 60.0 |  |\n" in text
     for page, words in ((tmp_path / "PEFT_LORA", []), (tmp_path, ["PEFT_LORA"])):
         table = report.labels_tuning(page, words)
-        assert "| as it is | 72.0 ± 2.8 | 90.0 |" in table and "60.0" not in table
+        assert "commits 0000000000; 1 to 2 draws, the same for all." in table
+        assert "| as it is | 72.0 ± 2.8 | 90.0 |\n| rate 7e-4 | 72.0 ± 0.0 |  |\n" in table and "60.0" not in table
+
+
+def test_a_setting_reaches_the_script_and_the_test_set_plays_no_part(demo, monkeypatch):
+    seen = {}
+    method = labels.script("PEFT_LORA")
+
+    def watch(config, seed, tokenizer, data, fingerprint, classes):
+        seen.update(
+            config=config, test=len(data["test"]), warmup=method.TrainingArguments(output_dir="x").warmup_steps
+        )
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(method, "train", watch)
+    monkeypatch.setattr(labels, "OUTSIDE", 300)
+    flags = ["--demo", "--updates", "90", "--warmup", "0.3", "--lora_r", "4"]
+    monkeypatch.setattr("common.cli.DEMO_SETTINGS", {"seeds": [0], "batch_size": 32, "max_length": 64})
+    with pytest.raises(KeyboardInterrupt):
+        labels.tune({"method": "PEFT_LORA", "labels": 100, "seed": 100, "flags": flags})
+    assert (seen["config"].lora_r, seen["config"].epochs, seen["warmup"]) == (4, 23, 0.3)  # 4 updates an epoch
+    assert seen["test"] == 300  # the demo's test set has 500

@@ -138,7 +138,7 @@ def test_without_records_nothing_is_claimed(project):
         assert report.UNMEASURED in readme.read_text()
         assert "old" not in readme.read_text()
     assert not (project / "common" / "study" / "comparison.png").exists()
-    for block in ("references", "benchmark", "tricks", "whole_command", "small_gpu A", "sweep A"):
+    for block in ("references", "benchmark", "tricks", "whole_command", "sweep A"):
         assert report.UNMEASURED in render(block, project)
 
 
@@ -228,7 +228,7 @@ def test_a_methods_page(project):
 def test_the_guide_takes_the_fastest_of_the_most_accurate(project):
     draws = [  # method, labels, accuracies, seconds
         ("PEFT_LORA", 100, (0.80, 0.84), 20),
-        ("PEFT_QLORA", 100, (0.81, 0.84), 30),  # the most accurate, by less than the spread
+        ("PEFT_QLORA", 100, (0.835, 0.84), 1),  # the most accurate, by less than LoRA's spread
         ("LAST_LAYER", 100, (0.70, 0.71), 5),
         ("NEW_HEAD", 100, (0.60, 0.61), 1),
         ("PEFT_LORA", 1000, (0.88, 0.88), 20),  # not all four: no advice
@@ -247,20 +247,13 @@ def test_the_guide_takes_the_fastest_of_the_most_accurate(project):
     for method in METHODS:
         (project / method).mkdir()
         write(project / method / "results.json", record(method, [0.90, 0.92]))
+    slow = record("PEFT_QLORA", [0.90, 0.92])
+    slow["summary"]["train_seconds"]["mean"] = 30.0  # alone, which counts: in the study others trained beside it
+    write(project / "PEFT_QLORA" / "results.json", slow)
     text = render(block, project)
     assert "| 100 | [PEFT_LORA](PEFT_LORA/README.md) | 82.0 ± 2.8 | 66.0 ± 1.4 |  |\n" in text and "1,000" not in text
     assert "Weights here: 500 MB and 500 MB" in text and "PEFT_LORA saves 1.2 MB for each task" in text
     assert "LAST_LAYER trains in 11 s to 91.2 ± 0.1, PEFT_LORA in 11 s to 91.2 ± 0.1" in text
-
-
-def test_small_steps_are_compared_with_the_same_seed(project):
-    published, small = record("A", [0.90, 0.92]), record("A", [0.93])
-    small["runs"][0] |= {"seed": 1, "peak_memory_bytes": 1.5e9}
-    write(project / "A" / "results.json", published)
-    write(project / "common" / "study" / "A_small_gpu.json", small)
-    text = render("small_gpu A", project)
-    assert "takes 1.50 GB and reaches a test accuracy of 93.00%." in text
-    assert "takes 2.50 GB and reaches 92.00%." in text
 
 
 def test_the_benchmark_and_the_whole_command(project):
@@ -307,3 +300,22 @@ def test_a_copy_of_the_code_without_a_history_is_of_an_unknown_commit(project):
     write(project / "A" / "results.json", published)
     report.main(project)
     assert "commit unknown." in (project / "A" / "README.md").read_text()
+
+
+def test_of_several_flags_each_combination_has_its_best_rate(project):
+    rows = [
+        {"--lora_r": rank, "--learning_rate": rate, "validation_accuracy": accuracy, "validation_loss": 0.3}
+        | {"best_epoch": [1], "trainable_parameters": parameters, "train_seconds": 9.0, "peak_memory_bytes": 2e9}
+        for rank, rate, accuracy, parameters in (
+            *(("1", "1e-3", 0.90, 1000), ("1", "2e-3", 0.91, 1000), ("4", "1e-3", 0.93, 4000)),
+            ("4", "2e-3", 0.92, 4000),
+        )
+    ]
+    sweep = {"command": "python sweep", "results": rows, "environment": {"commit": "f" * 40}}
+    write(project / "common" / "study" / "A_sweep_lora_r_learning_rate.json", sweep)
+    assert render("sweep A", project).endswith(
+        "commit ffffffffff.\n\n"
+        "| lora_r | learning_rate | validation accuracy | validation loss | trainable parameters |\n"
+        "| --- | ---: | ---: | ---: | ---: |\n"
+        "| 1 | 2e-3 | 91.00 | 0.3000 | 1,000 |\n| 4 | 1e-3 | 93.00 | 0.3000 | 4,000 |\n\n<!-- end -->"
+    )

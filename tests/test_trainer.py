@@ -147,19 +147,31 @@ def test_a_model_that_gives_more_than_logits_is_scored_by_its_logits(backbones, 
     assert np.array_equal(trainer.predict(tokens["test"]).predictions, alone)
 
 
+def groups_by_name(trainer) -> dict[str, dict]:
+    """The optimizer's group of every parameter that trains."""
+    names = {id(weight): name for name, weight in trainer.model.named_parameters()}
+    return {names[id(weight)]: group for group in trainer.optimizer.param_groups for weight in group["params"]}
+
+
 def test_one_process_uses_one_gpu(demo, tokens, tmp_path, monkeypatch):
-    seen = property(lambda args: vars(args).get("_n_gpu", 2))  # two GPUs: Trainer would spread batches over both
+    seen = property(lambda args: vars(args).get("_n_gpu") or 2)  # two GPUs: Trainer would spread batches over both
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", seen)
     trainer = make_trainer("PEFT_LORA", demo[0], tmp_path, tokens)
     assert trainer._wrap_model(trainer.model) is trainer.model
 
 
-@pytest.mark.parametrize(("method", "rest"), [("PEFT_LORA", "lora_"), ("LAST_LAYER", ".layer.")])
+@pytest.mark.parametrize(
+    ("method", "rest"), [("PEFT_LORA", "lora_"), ("PEFT_QLORA", "lora_"), ("LAST_LAYER", ".layer.")]
+)
 def test_the_head_has_a_rate_of_its_own(method, rest, demo, tokens, tmp_path):
-    trainer = make_trainer(method, demo[0], tmp_path, tokens, warmup_steps=0)
+    trainer = make_trainer(method, demo[0], tmp_path, tokens, warmup_steps=0, weight_decay=0.3)
+    part = next(iter(trainer.learning_rates))
+    trainer.learning_rates[part] = 7e-4
     trainer.create_optimizer_and_scheduler(10)
-    names = {id(weight): name for name, weight in trainer.model.named_parameters()}
-    rates = {names[id(weight)]: group["lr"] for group in trainer.optimizer.param_groups for weight in group["params"]}
+    decays = {name: group["weight_decay"] for name, group in groups_by_name(trainer).items()}
+    assert all(decay == (0 if name.endswith("bias") or "LayerNorm" in name else 0.3) for name, decay in decays.items())
+    rates = {name: group["lr"] for name, group in groups_by_name(trainer).items()}
     assert set(rates) == {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    assert all(rate == (5e-3 if rest in name else 1e-4) for name, rate in rates.items())
-    assert {1e-4, 5e-3} == set(rates.values())
+    for name, rate in rates.items():
+        assert rate == (5e-3 if rest in name else 7e-4 if part in name else 1e-4), name
+    assert {7e-4, 1e-4, 5e-3} == set(rates.values())

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import math
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -63,20 +62,20 @@ SETTINGS = {
     "PEFT_LORA": {
         "as it is": [],
         "rate 7e-4": ["--learning_rate", "7e-4"],
-        "rate and head's rate 7e-4": [*BOTH_7E4],
+        "rate and head's rate 7e-4": BOTH_7E4,
         "rate and head's rate 7e-4, longer warm-up": [*BOTH_7E4, "--warmup", "0.3"],
         "rate and head's rate 7e-4, all linear layers": [*BOTH_7E4, "--target_modules", "all-linear"],
-        "head's rate 2e-3": [*HEAD_2E3],
+        "head's rate 2e-3": HEAD_2E3,
         "head's rate 2e-3, longer warm-up": [*HEAD_2E3, "--warmup", "0.3"],
         "head's rate 2e-3, a third of the updates": [*HEAD_2E3, "--updates", "200"],
         "head's rate 2e-3, three times the updates": [*HEAD_2E3, "--updates", "1800"],
         "head's rate 2e-3, head alone first": [*HEAD_2E3, "--head_first"],
         "head's rate 2e-3, all linear layers": [*HEAD_2E3, "--target_modules", "all-linear"],
     },
-    "PEFT_QLORA": {"as it is": [], "head's rate 2e-3": [*HEAD_2E3], "rate and head's rate 7e-4": [*BOTH_7E4]},
+    "PEFT_QLORA": {"as it is": [], "head's rate 2e-3": HEAD_2E3, "rate and head's rate 7e-4": [*BOTH_7E4]},
     "LAST_LAYER": {
         "as it is": [],
-        "head's rate 1e-3": [*HEAD_1E3],
+        "head's rate 1e-3": HEAD_1E3,
         "rate and head's rate 3e-4": ["--learning_rate", "3e-4", "--head_learning_rate", "3e-4"],
         "head's rate 1e-3, longer warm-up": [*HEAD_1E3, "--warmup", "0.3"],
         "head's rate 1e-3, a third of the updates": [*HEAD_1E3, "--updates", "200"],
@@ -321,11 +320,17 @@ def main(argv: list[str] | None = None) -> dict:
     }
     path.parent.mkdir(exist_ok=True)
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    gpus = gpus[: args.jobs]
     jobs = [job for job in wanted(args) if key(job) not in done]
     failures = []
     with contextlib.ExitStack() as stack:
-        count, initializer = math.ceil(args.jobs / len(gpus)), be_quiet if args.jobs > 1 else None
-        pools = [stack.enter_context(ProcessPoolExecutor(count, get_context("spawn"), initializer)) for _ in gpus]
+        initializer = be_quiet if args.jobs > 1 else None
+        pools = [
+            stack.enter_context(
+                ProcessPoolExecutor(len(range(number, args.jobs, len(gpus))), get_context("spawn"), initializer)
+            )
+            for number in range(len(gpus))
+        ]
         results = []
         for job, (gpu, pool) in zip(jobs, itertools.cycle(zip(gpus, pools, strict=True)), strict=False):
             with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=gpu):  # for the process that this may start

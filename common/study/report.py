@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.record import ROOT, spread, summarize
 from common.study.comparison import draw_comparison
-from common.study.labels import BAG, EVERYTHING, FULL
+from common.study.labels import BAG, EVERYTHING, FULL, SETTINGS
 from common.study.predictions import compare, right_answers
 from common.study.tricks import ALL, TRICKS, worth
 
@@ -26,8 +26,9 @@ UNMEASURED = "_Not measured yet._\n"
 
 
 def table(header: str, rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table; the first column is text, the others are figures. header: its titles, with commas between."""
-    titles = header.split(",")
+    """A Markdown table; the first column is text, the others are figures. header: its titles, with commas between,
+    or bars where one has a comma itself."""
+    titles = header.split("|" if "|" in header else ",")
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
@@ -202,21 +203,6 @@ def sweep(folder: Path, words: list[str]) -> str:
     return text or UNMEASURED
 
 
-def small_gpu(root: Path, folders: list[str]) -> str:
-    """Memory and accuracy of one seed in smaller steps, beside the published run."""
-    record = read(root / "common" / "study" / f"{folders[0]}_small_gpu.json")
-    published = read(root / folders[0] / "results.json")
-    if not (record and published):
-        return UNMEASURED
-    run = record["runs"][0]
-    whole = next(other for other in published["runs"] if other["seed"] == run["seed"])
-    return (
-        f"`{record['command']}` takes {run['peak_memory_bytes'] / 1e9:.2f} GB and reaches a test accuracy of "
-        f"{100 * run['test']['accuracy']:.2f}%. The published run of the same seed takes "
-        f"{whole['peak_memory_bytes'] / 1e9:.2f} GB and reaches {100 * whole['test']['accuracy']:.2f}%.\n"
-    )
-
-
 def benchmark(root: Path, _: list[str]) -> str:
     """The usual way, the careful way and ours, on every machine that common/study/benchmark.py ran on."""
     text = ""
@@ -255,16 +241,16 @@ def tricks(root: Path, _: list[str]) -> str:
     return f"On {record['environment']['gpu']}: {source(record)}\n\n{table(header, rows)}"
 
 
-def accuracy_by_labels(rows: list[dict], title: Callable[[dict], str]) -> str:
-    """A table of test accuracies, mean ± sd over draws: a row for each title, a column for each number of labels."""
+def accuracy_by_labels(rows: list[dict], title: str) -> str:
+    """A table of test accuracies, mean ± sd over draws: a row for each `title`, a column for each number of labels."""
     found, sizes = {}, sorted({row["labels"] for row in rows})
     for row in rows:
-        found.setdefault(title(row), {}).setdefault(row["labels"], []).append(row["test_accuracy"])
+        found.setdefault(row[title], {}).setdefault(row["labels"], []).append(row["test_accuracy"])
     lines = [
         [name, *(spread(summarize(draws[size])) if size in draws else "" for size in sizes)]
         for name, draws in found.items()
     ]
-    return table(",".join(["labels", *("all" if size == EVERYTHING else str(size) for size in sizes)]), lines)
+    return table("|".join([title, *("all labels" if size == EVERYTHING else f"{size:,}" for size in sizes)]), lines)
 
 
 def labels(root: Path, _: list[str]) -> str:
@@ -277,25 +263,25 @@ def labels(root: Path, _: list[str]) -> str:
     draws = " to ".join(map(str, sorted({min(counts), max(counts)})))
     return (
         "![test accuracy by the number of labels](common/study/labels.png)\n\n"
-        f"{source(record)} On {record['environment']['gpu']}, {record['jobs_at_a_time']} draws at a time; all of them "
-        f"together took {minutes:.0f} minutes. Test accuracy in percent, mean ± standard deviation over {draws} "
-        "draws.\n\n"
-        f"{accuracy_by_labels(record['rows'], itemgetter('method'))}"
+        f"{source(record)} On {record['environment']['gpu']}, {record['jobs_at_a_time']} draws at a time; those of "
+        f"the fine-tuning methods add up to {minutes:.0f} minutes. Test accuracy in percent, mean ± standard "
+        f"deviation over {draws} draws.\n\n"
+        f"{accuracy_by_labels(record['rows'], 'method')}"
     )
 
 
-def advice(rows: list[dict], folders: list[str]) -> dict | None:
-    """Of one number of labels: the fastest method of those within one sd of the most accurate, and its figures."""
+def advice(rows: list[dict], seconds: dict[str, float]) -> dict | None:
+    """Of one number of labels: the fastest method of those within one sd (the larger of the two) of the most accurate,
+    and the scores of all. seconds: of training with all labels, by method."""
     found = {}
     for row in rows:
         found.setdefault(row["method"], []).append(row)
-    if not set(folders) <= set(found):
+    if not set(seconds) <= set(found):
         return None
     scores = {name: summarize([row["test_accuracy"] for row in draws]) for name, draws in found.items()}
-    best = max(folders, key=lambda name: scores[name]["mean"])
-    spreads = {name: max(scores[name]["sd"] or 0, scores[best]["sd"] or 0) for name in folders}
-    level = [name for name in folders if scores[best]["mean"] - scores[name]["mean"] <= spreads[name]]
-    seconds = {name: statistics.mean(row["train_seconds"] for row in found[name]) for name in level}
+    best = max(seconds, key=lambda name: scores[name]["mean"])
+    spreads = {name: max(scores[name]["sd"] or 0, scores[best]["sd"] or 0) for name in seconds}
+    level = [name for name in seconds if scores[best]["mean"] - scores[name]["mean"] <= spreads[name]]
     return {"method": min(level, key=seconds.get), "scores": scores}
 
 
@@ -305,13 +291,12 @@ def guide(root: Path, folders: list[str]) -> str:
     counted, full = read(study / "labels.json"), read(study / "full_fine_tuning.json")
     if not (all(records.values()) and counted and full):
         return UNMEASURED
-    rows = []
+    rows, alone = [], {name: record["summary"]["train_seconds"]["mean"] for name, record in records.items()}
     for size in sorted({row["labels"] for row in counted["rows"]}):
-        if advised := advice([row for row in counted["rows"] if row["labels"] == size], folders):
+        if advised := advice([row for row in counted["rows"] if row["labels"] == size], alone):
             name, scores = advised["method"], advised["scores"]
             others = [spread(scores[other]) if other in scores else "" for other in (BAG, FULL)]
-            labels = f"all {records[name]['dataset']['train']:,}" if size == EVERYTHING else f"{size:,}"
-            rows.append([labels, f"[{name}]({name}/README.md)", spread(scores[name]), *others])
+            rows.append([f"{size:,}", f"[{name}]({name}/README.md)", spread(scores[name]), *others])
     lora, qlora, last = (records[name] for name in ("PEFT_LORA", "PEFT_QLORA", "LAST_LAYER"))
     weights = [f"{record['runs'][0]['memory_bytes']['weights'] / 1e6:,.0f} MB" for record in (lora, qlora)]
     saved = [f"{record['runs'][0]['checkpoint_bytes'] / 1e6:.1f} MB" for record in (lora, last, full)]
@@ -337,13 +322,15 @@ def guide(root: Path, folders: list[str]) -> str:
         ],
         [
             "No GPU?",
-            f"{BAG} reaches {bag}; NEW_HEAD, which runs the backbone once per review, {accuracy['NEW_HEAD']}",
-            "`python -m common.study.references`",
+            f"NEW_HEAD, which runs the backbone once per review: {accuracy['NEW_HEAD']}. Without a backbone {BAG} "
+            f"reaches {bag}",
+            "`python NEW_HEAD/train.py`",
         ],
     ]
     return (
-        "**How many labels do you have?** Take the fastest of the methods that are within one standard deviation of "
-        "the most accurate (test accuracy in percent, mean ± standard deviation over draws of the labels):\n\n"
+        "**How many labels do you have?** Take the fastest of the four methods that are within one standard deviation "
+        "of the most accurate of them (test accuracy in percent, mean ± standard deviation over draws of the labels; "
+        "labels include those for validation):\n\n"
         f"{table(f'labels,take,test accuracy,{BAG},{FULL}', rows)}\n**What else matters?** Figures are of this "
         f"backbone and all labels.\n\n{table('question,answer,command', answers).replace('---:', '---')}"
     )
@@ -353,8 +340,25 @@ def labels_tuning(folder: Path, words: list[str]) -> str:
     """What other settings of a method do with few labels, on draws and reviews of their own. words: as of `sweep`."""
     root, name = (folder, " ".join(words)) if words else (folder.parent, folder.name)
     record = read(root / "common" / "study" / "labels_tuning.json")
-    rows = [row for row in record["rows"] if row["method"] == name] if record else []
-    return f"{source(record)}\n\n{accuracy_by_labels(rows, itemgetter('setting'))}" if rows else UNMEASURED
+    order = list(SETTINGS.get(name, {}))
+    rows = [row for row in record["rows"] if row["method"] == name and row["setting"] in order] if record else []
+    # Settings are compared on the draws that all of them have.
+    seeds = {}
+    for row in rows:
+        seeds.setdefault((row["labels"], row["setting"]), set()).add(row["seed"])
+    shared = {size: set.intersection(*(found for (of, _), found in seeds.items() if of == size)) for size, _ in seeds}
+    rows = [row for row in rows if row["seed"] in shared[row["labels"]]]
+    rows.sort(key=lambda row: order.index(row["setting"]))
+    draws = (
+        " to ".join(map(str, sorted({min(map(len, shared.values())), max(map(len, shared.values()))}))) if rows else ""
+    )
+    commits = ", ".join(sorted({row["commit"][:10] for row in rows}))
+    return (
+        f"`{record['command']}`, commits {commits}; {draws} draws, the same for all. {record.get('note', '')}\n\n"
+        f"{accuracy_by_labels(rows, 'setting')}"
+        if rows
+        else UNMEASURED
+    )
 
 
 def predictions(root: Path, folders: list[str]) -> list[dict]:
@@ -402,21 +406,20 @@ def whole_command(root: Path, _: list[str]) -> str:
 BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
     block.__name__: block
     for block in (
-        *(
-            results,
-            references,
-            charts,
-            result,
-            chart,
-            sweep,
-            small_gpu,
-            benchmark,
-            tricks,
-            labels,
-            labels_tuning,
-            guide,
-        ),
-        *(differences, calibration, whole_command),
+        guide,
+        results,
+        references,
+        charts,
+        result,
+        chart,
+        sweep,
+        labels,
+        labels_tuning,
+        differences,
+        calibration,
+        benchmark,
+        tricks,
+        whole_command,
     )
 }
 

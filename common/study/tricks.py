@@ -76,7 +76,9 @@ def without(trick: str, method: ModuleType) -> contextlib.AbstractContextManager
         FLASH: lambda: patch.object(method, "speed_up", plain_attention),
         NORM: lambda: patch.object(speed, "LayerNormOutsideAutocast", nn.LayerNorm),
         CASTS: lambda: patch.object(trainer, "disable_input_dtype_casting", contextlib.nullcontext),
-        STORED: lambda: patch.object(method, "build_model", lambda *given: (*build_model(*given)[:2], {})),
+        STORED: lambda: patch.object(
+            method, "build_model", lambda *given: (*build_model(*given)[:2], {"run_once": None})
+        ),
         UNFILLED: filled,
     }[trick]()
 
