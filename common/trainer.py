@@ -146,9 +146,11 @@ class ReviewTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         names = {id(weight): name for name, weight in (model or self.model).named_parameters()}
         for (part, rate), group in product(self.learning_rates.items(), list(optimizer.param_groups)):
-            own = [weight for weight in group["params"] if f".{part}." in f".{names[id(weight)]}"]
+            own, rest = [], []
+            for weight in group["params"]:
+                (own if f".{part}." in f".{names[id(weight)]}" else rest).append(weight)
+            group["params"] = rest
             if own:
-                group["params"] = [weight for weight in group["params"] if not any(weight is other for other in own)]
                 optimizer.add_param_group(group | {"params": own, "lr": rate})
         return optimizer
 

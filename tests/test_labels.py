@@ -43,6 +43,16 @@ def test_no_row_is_measured_twice(tmp_path, monkeypatch):
     assert labels.main(["--methods", "NEW_HEAD", "--sizes", "32", "--draws", "2"])["rows"] == rows
 
 
+@pytest.mark.parametrize(("flags", "name"), [([], "flags"), (["--tune"], "settings")])
+def test_rows_of_other_runs_are_not_taken_for_these(flags, name, tmp_path, monkeypatch, capsys):
+    before = {"rows": [], "flags": ["--lora_r", "4"] if name == "flags" else []}
+    monkeypatch.setattr(labels, "HERE", tmp_path)
+    (tmp_path / f"labels{'_tuning' * bool(flags)}.json").write_text(json.dumps(before))
+    with pytest.raises(SystemExit):
+        labels.main(flags)
+    assert f"was made with other {name}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flags", "draws", "seed"), [([], {32: 5, 1000: 5, 3200: 3}, 0), (["--tune"], {100: 3}, 100)])
 def test_draws_for_figures_and_for_tuning_have_nothing_in_common(flags, draws, seed):
     args = type(
@@ -88,7 +98,7 @@ def test_the_tables(tmp_path):
     assert "| PEFT_LORA | 72.0 ± 2.8 |  | 90.0 |\n| NEW_HEAD |  | 60.0 |  |\n" in text
     for page, words in ((tmp_path / "PEFT_LORA", []), (tmp_path, ["PEFT_LORA"])):
         table = report.labels_tuning(page, words)
-        assert "commits 0000000000; 1 to 2 draws, the same for all." in table
+        assert "0000000000. 1 to 2 draws, the same for all settings." in table
         assert "| as it is | 72.0 ± 2.8 | 90.0 |\n| rate 7e-4 | 72.0 ± 0.0 |  |\n" in table and "60.0" not in table
 
 

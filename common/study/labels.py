@@ -55,8 +55,8 @@ EVERYTHING = 25_000  # stands for all training reviews
 SIZES = (32, 100, 320, 1000, 3200, 10_000, EVERYTHING)
 FIRST_TUNING_SEED, OUTSIDE = 100, 2000
 DEMO = {"sizes": [40, 200], "draws": 2}
-HEAD_2E3, HEAD_1E3 = ("--head_learning_rate", "2e-3"), ("--head_learning_rate", "1e-3")
-BOTH_7E4 = ("--learning_rate", "7e-4", "--head_learning_rate", "7e-4")
+HEAD_2E3, HEAD_1E3 = ["--head_learning_rate", "2e-3"], ["--head_learning_rate", "1e-3"]
+BOTH_7E4 = ["--learning_rate", "7e-4", "--head_learning_rate", "7e-4"]
 # What --tune compares for a method: flags beside those of every run, those of the script or of `tuning_parser`.
 SETTINGS = {
     "PEFT_LORA": {
@@ -72,7 +72,7 @@ SETTINGS = {
         "head's rate 2e-3, head alone first": [*HEAD_2E3, "--head_first"],
         "head's rate 2e-3, all linear layers": [*HEAD_2E3, "--target_modules", "all-linear"],
     },
-    "PEFT_QLORA": {"as it is": [], "head's rate 2e-3": HEAD_2E3, "rate and head's rate 7e-4": [*BOTH_7E4]},
+    "PEFT_QLORA": {"as it is": [], "head's rate 2e-3": HEAD_2E3, "rate and head's rate 7e-4": BOTH_7E4},
     "LAST_LAYER": {
         "as it is": [],
         "head's rate 1e-3": HEAD_1E3,
@@ -125,41 +125,37 @@ def classify(job: dict) -> dict:
     """One draw of a reference: logistic regression on all its reviews, none held out for validation."""
     with TemporaryDirectory() as folder:
         settings = parse_config(references.Config, references.FOLDER, [*job["flags"], "--output_dir", folder])
-        return _classify(job, settings)
-
-
-def _classify(job: dict, settings) -> dict:
-    source = settings.dataset, settings.dataset_revision
-    reviews, _ = load_reviews(*source, job["labels"], settings.max_test_samples, job["seed"])
-    splits = {"train": concatenate_datasets([reviews["train"], reviews["validation"]]), "test": reviews["test"]}
-    labels = {split: np.array(rows["label"][:]) for split, rows in splits.items()}
-    if job["method"] == BAG:
-        texts = {split: list(map(clean, rows["text"][:])) for split, rows in splits.items()}
-        rare = 1 if len(labels["train"]) < 1000 else 2
-        step = TfidfVectorizer(ngram_range=(1, 2), min_df=rare, sublinear_tf=True)
-        strengths, features = (1, 10, 100), texts
-    else:
-        tokenizer = load_tokenizer(settings.model, settings.model_revision, settings.max_length)
-        data = tokenize(DatasetDict(splits), tokenizer, settings.max_length)
-        step, strengths = StandardScaler(), (0.001, 0.01, 0.1, 1)
-        model = references.frozen_backbone(settings)
-        features = {
-            split: references.backbone_features(model, rows, tokenizer.pad_token_id, 64)["mean"]
-            for split, rows in data.items()
+        source = settings.dataset, settings.dataset_revision
+        reviews, _ = load_reviews(*source, job["labels"], settings.max_test_samples, job["seed"])
+        splits = {"train": concatenate_datasets([reviews["train"], reviews["validation"]]), "test": reviews["test"]}
+        labels = {split: np.array(rows["label"][:]) for split, rows in splits.items()}
+        if job["method"] == BAG:
+            texts = {split: list(map(clean, rows["text"][:])) for split, rows in splits.items()}
+            rare = 1 if len(labels["train"]) < 1000 else 2
+            step = TfidfVectorizer(ngram_range=(1, 2), min_df=rare, sublinear_tf=True)
+            strengths, features = (1, 10, 100), texts
+        else:
+            tokenizer = load_tokenizer(settings.model, settings.model_revision, settings.max_length)
+            data = tokenize(DatasetDict(splits), tokenizer, settings.max_length)
+            step, strengths = StandardScaler(), (0.001, 0.01, 0.1, 1)
+            model = references.frozen_backbone(settings)
+            features = {
+                split: references.backbone_features(model, rows, tokenizer.pad_token_id, 64)["mean"]
+                for split, rows in data.items()
+            }
+        pipeline = make_pipeline(step, LogisticRegression(max_iter=1000))
+        classifier = GridSearchCV(pipeline, {"logisticregression__C": strengths}, cv=5)
+        predictions = classifier.fit(features["train"], labels["train"]).predict(features["test"])
+        scores = ClassificationScores(keep_in_memory=True).compute(
+            predictions=predictions, references=labels["test"], num_classes=len(set(labels["train"]))
+        )
+        return {
+            "test_accuracy": scores["accuracy"],
+            "test_f1": scores["f1"],
+            "train_reviews": len(labels["train"]),
+            "C": classifier.best_params_["logisticregression__C"],
+            "train_seconds": classifier.refit_time_,
         }
-    pipeline = make_pipeline(step, LogisticRegression(max_iter=1000))
-    classifier = GridSearchCV(pipeline, {"logisticregression__C": strengths}, cv=5)
-    predictions = classifier.fit(features["train"], labels["train"]).predict(features["test"])
-    scores = ClassificationScores(keep_in_memory=True).compute(
-        predictions=predictions, references=labels["test"], num_classes=len(set(labels["train"]))
-    )
-    return {
-        "test_accuracy": scores["accuracy"],
-        "test_f1": scores["f1"],
-        "train_reviews": len(labels["train"]),
-        "C": classifier.best_params_["logisticregression__C"],
-        "train_seconds": classifier.refit_time_,
-    }
 
 
 def outside_the_draw(load):
@@ -305,15 +301,16 @@ def main(argv: list[str] | None = None) -> dict:
         args.draws = args.draws or DEMO["draws"]
     args.sizes = args.sizes or (TUNED_SIZES if args.tune else SIZES)
     path = HERE / ("runs" if args.demo else "") / ("labels_tuning.json" if args.tune else "labels.json")
-    rows, flags = [], [public_name(flag) for flag in args.flags]
-    before = json.loads(path.read_text()) if path.exists() and not args.demo else {"rows": rows, "flags": flags}
+    same = {"flags": [public_name(flag) for flag in args.flags]} | ({"settings": SETTINGS} if args.tune else {})
+    before = json.loads(path.read_text()) if path.exists() and not args.demo else {"rows": []} | same
     rows = before["rows"]
-    if before["flags"] != flags:
-        parser.error(f"{path.name} was made with other flags: {' '.join(before['flags'])}; move it away to start anew")
+    for name in same:
+        if before.get(name) != same[name]:
+            parser.error(f"{path.name} was made with other {name}: {before.get(name)}; move it away to start anew")
     done = set(map(key, rows))
     record = {
         "command": command_line("-m common.study.labels", argv),
-        "flags": flags,
+        **same,
         "jobs_at_a_time": args.jobs,
         "environment": environment(),
         "rows": rows,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.record import ROOT, spread, summarize
 from common.study.comparison import draw_comparison
-from common.study.labels import BAG, EVERYTHING, FULL, SETTINGS
+from common.study.labels import BAG, EVERYTHING, FULL
 from common.study.predictions import compare, right_answers
 from common.study.tricks import ALL, TRICKS, worth
 
@@ -25,10 +25,10 @@ BLOCK = re.compile(r"(?P<start><!-- (?P<name>\w+)(?P<words>[^>]*) -->\n).*?(?P<e
 UNMEASURED = "_Not measured yet._\n"
 
 
-def table(header: str, rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table; the first column is text, the others are figures. header: its titles, with commas between,
-    or bars where one has a comma itself."""
-    titles = header.split("|" if "|" in header else ",")
+def table(header: str | list[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; the first column is text, the others are figures. header: its titles, listed
+    or with commas between."""
+    titles = header.split(",") if isinstance(header, str) else header
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
@@ -241,6 +241,12 @@ def tricks(root: Path, _: list[str]) -> str:
     return f"On {record['environment']['gpu']}: {source(record)}\n\n{table(header, rows)}"
 
 
+def span(counts: Iterable[int]) -> str:
+    """ "3", or "2 to 5"."""
+    counts = sorted(counts)
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+
+
 def accuracy_by_labels(rows: list[dict], title: str) -> str:
     """A table of test accuracies, mean ± sd over draws: a row for each `title`, a column for each number of labels."""
     found, sizes = {}, sorted({row["labels"] for row in rows})
@@ -250,7 +256,7 @@ def accuracy_by_labels(rows: list[dict], title: str) -> str:
         [name, *(spread(summarize(draws[size])) if size in draws else "" for size in sizes)]
         for name, draws in found.items()
     ]
-    return table("|".join([title, *("all labels" if size == EVERYTHING else f"{size:,}" for size in sizes)]), lines)
+    return table([title, *("all labels" if size == EVERYTHING else f"{size:,}" for size in sizes)], lines)
 
 
 def labels(root: Path, _: list[str]) -> str:
@@ -260,12 +266,11 @@ def labels(root: Path, _: list[str]) -> str:
         return UNMEASURED
     minutes = sum(row.get("total_seconds", 0) for row in record["rows"]) / 60
     counts = Counter((row["method"], row["labels"]) for row in record["rows"]).values()
-    draws = " to ".join(map(str, sorted({min(counts), max(counts)})))
     return (
         "![test accuracy by the number of labels](common/study/labels.png)\n\n"
         f"{source(record)} On {record['environment']['gpu']}, {record['jobs_at_a_time']} draws at a time; those of "
         f"the fine-tuning methods add up to {minutes:.0f} minutes. Test accuracy in percent, mean ± standard "
-        f"deviation over {draws} draws.\n\n"
+        f"deviation over {span(counts)} draws.\n\n"
         f"{accuracy_by_labels(record['rows'], 'method')}"
     )
 
@@ -316,8 +321,8 @@ def guide(root: Path, folders: list[str]) -> str:
         ],
         [
             "Is time short?",
-            f"LAST_LAYER trains in {seconds[0]} to {accuracy['LAST_LAYER']}, PEFT_LORA in {seconds[1]} to "
-            f"{accuracy['PEFT_LORA']}",
+            f"LAST_LAYER reaches {accuracy['LAST_LAYER']} in {seconds[0]} of training, PEFT_LORA "
+            f"{accuracy['PEFT_LORA']} in {seconds[1]}",
             "`python LAST_LAYER/train.py`",
         ],
         [
@@ -337,27 +342,21 @@ def guide(root: Path, folders: list[str]) -> str:
 
 
 def labels_tuning(folder: Path, words: list[str]) -> str:
-    """What other settings of a method do with few labels, on draws and reviews of their own. words: as of `sweep`."""
+    """What other settings of a method do with few labels, on the draws that all of them have. words: as of `sweep`."""
     root, name = (folder, " ".join(words)) if words else (folder.parent, folder.name)
     record = read(root / "common" / "study" / "labels_tuning.json")
-    order = list(SETTINGS.get(name, {}))
-    rows = [row for row in record["rows"] if row["method"] == name and row["setting"] in order] if record else []
-    # Settings are compared on the draws that all of them have.
+    rows = [row for row in record["rows"] if row["method"] == name] if record else []
+    if not rows:
+        return UNMEASURED
     seeds = {}
     for row in rows:
-        seeds.setdefault((row["labels"], row["setting"]), set()).add(row["seed"])
-    shared = {size: set.intersection(*(found for (of, _), found in seeds.items() if of == size)) for size, _ in seeds}
-    rows = [row for row in rows if row["seed"] in shared[row["labels"]]]
-    rows.sort(key=lambda row: order.index(row["setting"]))
-    draws = (
-        " to ".join(map(str, sorted({min(map(len, shared.values())), max(map(len, shared.values()))}))) if rows else ""
-    )
+        seeds.setdefault(row["labels"], {}).setdefault(row["setting"], set()).add(row["seed"])
+    shared = {size: set.intersection(*found.values()) for size, found in seeds.items()}
+    rows = sorted((row for row in rows if row["seed"] in shared[row["labels"]]), key=itemgetter("setting"))
     commits = ", ".join(sorted({row["commit"][:10] for row in rows}))
     return (
-        f"`{record['command']}`, commits {commits}; {draws} draws, the same for all. {record.get('note', '')}\n\n"
+        f"`{record['command']}`, {commits}. {span(map(len, shared.values()))} draws, the same for all settings.\n\n"
         f"{accuracy_by_labels(rows, 'setting')}"
-        if rows
-        else UNMEASURED
     )
 
 

@@ -100,9 +100,7 @@ def main(argv: list[str] | None = None) -> dict:
         datasets.disable_caching()  # the cache does not see that a function was replaced
     content = {"command": command_line("-m common.study.sweep", argv), "results": [], "environment": environment()}
     for number, (title, change) in enumerate(jobs):
-        chosen = (
-            [] if kind == "variants" else [word for flag, value in title.items() for word in (flag, *value.split("+"))]
-        )
+        chosen = [word for flag, value in title.items() if flag != "variant" for word in (flag, *value.split("+"))]
         folder = HERE / "runs" / name / kind / str(number)
         with change:
             record = method.main([*flags, *chosen, "--output_dir", str(folder)])
