@@ -68,7 +68,7 @@ def line_figure(record: dict) -> Figure:
     low, high = limits(value for curve in training + validation for value in curve)
     axes.set(ylabel=f"accuracy (axis from {low:.0%})", ylim=(low, high))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
     figure.legend(**LEGEND, ncols=4)
     return figure
 
