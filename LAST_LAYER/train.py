@@ -80,12 +80,11 @@ class Config:
 
     # This method
     learning_rate: float = HfArg(default=1e-3, help="Peak of the schedule.")
-    head_learning_rate: float = HfArg(default=1e-4, help="Peak of the schedule for the head.")
     blocks: int = HfArg(default=1, help="Transformer blocks to train, from the last one down.")
 
 
 def build_model(config: Config, labels: dict) -> tuple:
-    """The model, the names of its newly initialised weights, and what else the trainer needs: the head's rate."""
+    """The model, the names of its newly initialised weights, and what else the trainer needs: nothing."""
     from common.blocks import last_blocks
     from common.model import head_modules, missing_weights, switch_off_dropout
 
@@ -99,11 +98,10 @@ def build_model(config: Config, labels: dict) -> tuple:
     )
     model.requires_grad_(False)
     last = last_blocks(model, config.blocks)
-    head = head_modules(model)
-    for part in (last, *map(model.get_submodule, head)):
+    for part in (last, *map(model.get_submodule, head_modules(model))):
         part.float().requires_grad_(True)  # what trains needs 32 bits
     switch_off_dropout(model.base_model, except_in=last)  # frozen blocks compute the same in every epoch
-    return model, missing_weights(loading), {"learning_rates": dict.fromkeys(head, config.head_learning_rate)}
+    return model, missing_weights(loading), {}
 
 
 def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes: list[str]) -> dict:

@@ -4,12 +4,14 @@
     python -m common.study.labels --demo
     python -m common.study.labels --jobs 6 --methods PEFT_LORA --sizes 100 1000 -- --dataset ~/imdb --model ~/minilm
     python -m common.study.labels --tune
+    python -m common.study.labels --record labels_rank_64 --methods PEFT_LORA --sizes 1000 25000 -- --lora_r 64
 
 Every draw is another random, stratified subset of the training reviews and another seed. The four methods and full
 fine-tuning run by the scripts' own `main` with `--max_train_samples` and nothing else. The two references choose their
 regularisation by cross-validation within the draw. All are tested on the whole test set. Flags after `--` go to the
 scripts. Writes common/study/labels.json, row by row, and the chart labels.png; rows that are there already stay, so
-that an interrupted study goes on. `--jobs`: draws at a time, spread over the GPUs; each then takes longer.
+that an interrupted study goes on. `--record` gives draws with other flags a record of their own. `--jobs`: draws at a
+time, spread over the GPUs; each then takes longer.
 
 `--tune` compares `SETTINGS` on other draws, whose seeds start at 100, tested on 2,000 training reviews outside
 the draw; the test set plays no part. Writes common/study/labels_tuning.json. With `--demo` both records go to runs/.
@@ -55,36 +57,31 @@ EVERYTHING = 25_000  # stands for all training reviews
 SIZES = (32, 100, 320, 1000, 3200, 10_000, EVERYTHING)
 FIRST_TUNING_SEED, OUTSIDE = 100, 2000
 DEMO = {"sizes": [40, 200], "draws": 2}
-HEAD_2E3, HEAD_1E3 = ["--head_learning_rate", "2e-3"], ["--head_learning_rate", "1e-3"]
-BOTH_7E4 = ["--learning_rate", "7e-4", "--head_learning_rate", "7e-4"]
 # What --tune compares for a method: flags beside those of every run, those of the script or of `tuning_parser`.
 SETTINGS = {
     "PEFT_LORA": {
         "as it is": [],
+        "head's rate 3e-4": ["--head_learning_rate", "3e-4"],
+        "head's rate 2e-3, as the rest": ["--head_learning_rate", "2e-3"],
         "rate 7e-4": ["--learning_rate", "7e-4"],
-        "rate and head's rate 7e-4": BOTH_7E4,
-        "rate and head's rate 7e-4, longer warm-up": [*BOTH_7E4, "--warmup", "0.3"],
-        "rate and head's rate 7e-4, all linear layers": [*BOTH_7E4, "--target_modules", "all-linear"],
-        "head's rate 2e-3": HEAD_2E3,
-        "head's rate 2e-3, longer warm-up": [*HEAD_2E3, "--warmup", "0.3"],
-        "head's rate 2e-3, a third of the updates": [*HEAD_2E3, "--updates", "200"],
-        "head's rate 2e-3, three times the updates": [*HEAD_2E3, "--updates", "1800"],
-        "head's rate 2e-3, head alone first": [*HEAD_2E3, "--head_first"],
-        "head's rate 2e-3, all linear layers": [*HEAD_2E3, "--target_modules", "all-linear"],
+        "longer warm-up": ["--warmup", "0.3"],
+        "a third of the updates": ["--updates", "200"],
+        "three times the updates": ["--updates", "1800"],
+        "head alone first": ["--head_first"],
+        "all linear layers": ["--target_modules", "all-linear"],
     },
-    "PEFT_QLORA": {"as it is": [], "head's rate 2e-3": HEAD_2E3, "rate and head's rate 7e-4": BOTH_7E4},
+    "PEFT_QLORA": {"as it is": [], "head's rate 2e-3, as the rest": ["--head_learning_rate", "2e-3"]},
     "LAST_LAYER": {
         "as it is": [],
-        "head's rate 1e-3": HEAD_1E3,
-        "rate and head's rate 3e-4": ["--learning_rate", "3e-4", "--head_learning_rate", "3e-4"],
-        "head's rate 1e-3, longer warm-up": [*HEAD_1E3, "--warmup", "0.3"],
-        "head's rate 1e-3, a third of the updates": [*HEAD_1E3, "--updates", "200"],
-        "head's rate 1e-3, two blocks": [*HEAD_1E3, "--blocks", "2"],
+        "rate 3e-4": ["--learning_rate", "3e-4"],
+        "longer warm-up": ["--warmup", "0.3"],
+        "a third of the updates": ["--updates", "200"],
+        "two blocks": ["--blocks", "2"],
     },
     "NEW_HEAD": {"as it is": [], "rate 1e-2": ["--learning_rate", "1e-2"]},
     FULL: {"as it is": [], "rate 3e-5": ["--learning_rate", "3e-5"]},
 }
-TUNED_SIZES = (100, 320, 1000)
+TUNED_SIZES = (100, 1000)
 LOOKS = {  # markers and dashes hold in grey
     FULL: {"color": "black", "marker": "s", "ls": "--"},
     "PEFT_LORA": {"color": BLUE, "marker": "o"},
@@ -291,6 +288,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument(
         "--draws", type=int, help="Subsets for each size. [5 up to 1,000 labels, 3 above; 3 with --tune]"
     )
+    parser.add_argument("--record", help="Name of the record and of the chart. [labels, or labels_tuning]")
     parser.add_argument("--jobs", type=int, default=1, help="Draws at a time, spread over the GPUs. [1]")
     parser.add_argument("--tune", action="store_true", help="Compare settings, on draws and reviews of their own.")
     parser.add_argument("--demo", action="store_true", help="Two sizes and draws of generated reviews, a tiny model.")
@@ -300,7 +298,8 @@ def main(argv: list[str] | None = None) -> dict:
         args.flags, args.sizes = ["--demo", *args.flags], args.sizes or DEMO["sizes"]
         args.draws = args.draws or DEMO["draws"]
     args.sizes = args.sizes or (TUNED_SIZES if args.tune else SIZES)
-    path = HERE / ("runs" if args.demo else "") / ("labels_tuning.json" if args.tune else "labels.json")
+    name = args.record or ("labels_tuning" if args.tune else "labels")
+    path = HERE / ("runs" if args.demo else "") / f"{name}.json"
     same = {"flags": [public_name(flag) for flag in args.flags]} | ({"settings": SETTINGS} if args.tune else {})
     before = json.loads(path.read_text()) if path.exists() and not args.demo else {"rows": []} | same
     rows = before["rows"]

@@ -360,6 +360,25 @@ def labels_tuning(folder: Path, words: list[str]) -> str:
     )
 
 
+def other_flags(folder: Path, names: list[str]) -> str:
+    """A method as it is beside the same draws with other flags. names: the records of `labels --record`."""
+    study = folder.parent / "common" / "study"
+    counted, others = read(study / "labels.json"), [read(study / f"{name}.json") for name in names]
+    if not (counted and all(others)):
+        return UNMEASURED
+    known = {(row["labels"], row["seed"]) for record in others for row in record["rows"]}
+    rows = [
+        row | {"flags": "as it is"}
+        for row in counted["rows"]
+        if row["method"] == folder.name and (row["labels"], row["seed"]) in known
+    ]
+    for record in others:
+        title = " ".join(record["flags"][2:])  # the first two are the data's
+        rows += [row | {"flags": f"`{title}`"} for row in record["rows"]]
+    commands = "\n".join(map(source, others))
+    return f"{commands}\n\n{accuracy_by_labels(rows, 'flags')}"
+
+
 def predictions(root: Path, folders: list[str]) -> list[dict]:
     """The records of common/study/predictions.py, most accurate method first; none if one is missing."""
     found = [read(root / "common" / "study" / f"{folder}_predictions.json") for folder in folders]
@@ -414,6 +433,7 @@ BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
         sweep,
         labels,
         labels_tuning,
+        other_flags,
         differences,
         calibration,
         benchmark,
