@@ -228,9 +228,9 @@ def test_a_methods_page(project):
 def test_the_guide_takes_the_fastest_of_the_most_accurate(project):
     draws = [  # method, labels, accuracies, seconds
         ("PEFT_LORA", 100, (0.80, 0.84), 20),
-        ("PEFT_QLORA", 100, (0.835, 0.84), 1),  # the most accurate, by less than LoRA's spread
-        ("LAST_LAYER", 100, (0.70, 0.71), 5),
+        ("PEFT_QLORA", 100, (0.82, 0.85), 1),  # the most accurate, by less than its spread
         ("NEW_HEAD", 100, (0.60, 0.61), 1),
+        ("LAST_LAYER", 100, (0.2, 0.99), 5),  # its own spread is no excuse
         ("PEFT_LORA", 1000, (0.88, 0.88), 20),  # not all four: no advice
         ("TF-IDF + logistic regression", 100, (0.65, 0.67), 1),
     ]

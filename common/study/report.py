@@ -276,8 +276,8 @@ def labels(root: Path, _: list[str]) -> str:
 
 
 def advice(rows: list[dict], seconds: dict[str, float]) -> dict | None:
-    """Of one number of labels: the fastest method of those within one sd (the larger of the two) of the most accurate,
-    and the scores of all. seconds: of training with all labels, by method."""
+    """Of one number of labels: the fastest method of those within one sd of the most accurate, and the scores of all.
+    seconds: of training with all labels, by method."""
     found = {}
     for row in rows:
         found.setdefault(row["method"], []).append(row)
@@ -285,8 +285,10 @@ def advice(rows: list[dict], seconds: dict[str, float]) -> dict | None:
         return None
     scores = {name: summarize([row["test_accuracy"] for row in draws]) for name, draws in found.items()}
     best = max(seconds, key=lambda name: scores[name]["mean"])
-    spreads = {name: max(scores[name]["sd"] or 0, scores[best]["sd"] or 0) for name in seconds}
-    level = [name for name in seconds if scores[best]["mean"] - scores[name]["mean"] <= spreads[name]]
+    lowest = scores[best]["mean"] - (
+        scores[best]["sd"] or 0
+    )  # its own sd: one draw gone wrong excuses no other method
+    level = [name for name in seconds if scores[name]["mean"] >= lowest]
     return {"method": min(level, key=seconds.get), "scores": scores}
 
 
