@@ -84,7 +84,7 @@ class Config:
     )
     head_learning_rate: float = HfArg(
         default=1e-4,
-        help="Peak for the head. With 100 reviews LoRA's own rate costs points; with all it gains a little.",
+        help="Peak for the head. With 100 reviews LoRA's own rate costs points; with all it makes no difference.",
     )
     lora_r: int = HfArg(default=16, help="Rank of every update.")
     lora_alpha: int = HfArg(default=32, help="Updates are scaled by lora_alpha / lora_r.")

@@ -34,13 +34,15 @@ def test_the_demo_measures_every_draw_by_the_scripts_themselves(study):
     assert Image.open(folder / "labels.png").size[0] > 1000
 
 
-def test_no_row_is_measured_twice(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("flags", "name"), [([], "labels"), (["--record", "other"], "other")])
+def test_no_row_is_measured_twice(flags, name, tmp_path, monkeypatch):
     rows = [
         {"method": "NEW_HEAD", "labels": 32, "seed": seed, "test_accuracy": 0.5, "train_seconds": 1} for seed in (0, 1)
     ]
     monkeypatch.setattr(labels, "HERE", tmp_path)
-    (tmp_path / "labels.json").write_text(json.dumps({"rows": rows, "flags": []}))
-    assert labels.main(["--methods", "NEW_HEAD", "--sizes", "32", "--draws", "2"])["rows"] == rows
+    (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows, "flags": []}))
+    assert labels.main([*flags, "--methods", "NEW_HEAD", "--sizes", "32", "--draws", "2"])["rows"] == rows
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json", f"{name}.png"}
 
 
 @pytest.mark.parametrize(("flags", "name"), [([], "flags"), (["--tune"], "settings")])
@@ -87,7 +89,12 @@ def test_the_tables(tmp_path):
     names = ("method", "labels", "seed", "setting", "test_accuracy")
     extra = {"total_seconds": 30, "commit": "0" * 40}
     rows = [dict(zip(names, draw, strict=True)) | extra for draw in draws]
-    rest = {"command": "python l", "jobs_at_a_time": 4, "environment": {"gpu": "G1", "commit": "0" * 40}}
+    rest = {
+        "command": "python l",
+        "jobs_at_a_time": 4,
+        "flags": ["--dataset", "d"],
+        "environment": {"gpu": "G1", "commit": "0" * 40},
+    }
     (tmp_path / "common" / "study").mkdir(parents=True)
     plain = [row for row in rows if row["setting"] == "as it is" and row["seed"] < 2]
     for name, found in (("labels", plain), ("labels_tuning", rows)):
@@ -96,6 +103,11 @@ def test_the_tables(tmp_path):
     assert "| method | 100 | 1,000 | all labels |" in text and "over 1 to 2 draws" in text
     assert "4 draws at a time; those of the fine-tuning methods add up to 2 minutes" in text
     assert "| PEFT_LORA | 72.0 ± 2.8 |  | 90.0 |\n| NEW_HEAD |  | 60.0 |  |\n" in text
+    other = rest | {"flags": ["--dataset", "d", "--lora_r", "64"], "rows": [rows[0] | {"test_accuracy": 0.8}]}
+    (tmp_path / "common" / "study" / "other.json").write_text(json.dumps(other))
+    assert report.other_flags(tmp_path / "PEFT_LORA", ["other"]).endswith(
+        "| flags | 100 |\n| --- | ---: |\n| as it is | 70.0 |\n| `--lora_r 64` | 80.0 |\n"
+    ), "of the other draws nothing"
     for page, words in ((tmp_path / "PEFT_LORA", []), (tmp_path, ["PEFT_LORA"])):
         table = report.labels_tuning(page, words)
         assert "0000000000. 1 to 2 draws, the same for all settings." in table

@@ -285,9 +285,7 @@ def advice(rows: list[dict], seconds: dict[str, float]) -> dict | None:
         return None
     scores = {name: summarize([row["test_accuracy"] for row in draws]) for name, draws in found.items()}
     best = max(seconds, key=lambda name: scores[name]["mean"])
-    lowest = scores[best]["mean"] - (
-        scores[best]["sd"] or 0
-    )  # its own sd: one draw gone wrong excuses no other method
+    lowest = scores[best]["mean"] - (scores[best]["sd"] or 0)  # not a method's own sd, which one failed draw widens
     level = [name for name in seconds if scores[name]["mean"] >= lowest]
     return {"method": min(level, key=seconds.get), "scores": scores}
 
@@ -362,23 +360,17 @@ def labels_tuning(folder: Path, words: list[str]) -> str:
     )
 
 
-def other_flags(folder: Path, names: list[str]) -> str:
-    """A method as it is beside the same draws with other flags. names: the records of `labels --record`."""
-    study = folder.parent / "common" / "study"
-    counted, others = read(study / "labels.json"), [read(study / f"{name}.json") for name in names]
-    if not (counted and all(others)):
+def other_flags(folder: Path, words: list[str]) -> str:
+    """A method as it is, and the same draws with other flags. words: the name of a record of `labels --record`."""
+    plain, other = (read(folder.parent / "common" / "study" / f"{name}.json") for name in ("labels", *words))
+    if not (plain and other):
         return UNMEASURED
-    known = {(row["labels"], row["seed"]) for record in others for row in record["rows"]}
+    known = {(folder.name, row["labels"], row["seed"]) for row in other["rows"]}
+    flags = " ".join(flag for flag in other["flags"] if flag not in plain["flags"])
     rows = [
-        row | {"flags": "as it is"}
-        for row in counted["rows"]
-        if row["method"] == folder.name and (row["labels"], row["seed"]) in known
-    ]
-    for record in others:
-        title = " ".join(record["flags"][2:])  # the first two are the data's
-        rows += [row | {"flags": f"`{title}`"} for row in record["rows"]]
-    commands = "\n".join(map(source, others))
-    return f"{commands}\n\n{accuracy_by_labels(rows, 'flags')}"
+        row | {"flags": "as it is"} for row in plain["rows"] if (row["method"], row["labels"], row["seed"]) in known
+    ] + [row | {"flags": f"`{flags}`"} for row in other["rows"]]
+    return f"{source(other)}\n\n{accuracy_by_labels(rows, 'flags')}"
 
 
 def predictions(root: Path, folders: list[str]) -> list[dict]:
