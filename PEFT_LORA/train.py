@@ -79,8 +79,10 @@ class Config:
     demo: bool = HfArg(default=False, help="Try the whole job on generated reviews with a tiny model.")
 
     # This method
-    learning_rate: float = HfArg(
-        default=2e-3, help="Peak of the schedule. At full fine-tuning's 2e-5 LoRA hardly learns."
+    learning_rate: float | None = HfArg(
+        default=None,
+        help="Peak of the schedule. At full fine-tuning's 2e-5 LoRA hardly learns. "
+        "[2e-3 for batches of 128; for smaller ones with the square root of their size]",
     )
     head_learning_rate: float = HfArg(
         default=1e-4,
@@ -92,6 +94,10 @@ class Config:
         default=None,
         help="What the names of the layers with updates end in, or all-linear. [the query and value projections]",
     )
+
+    def __post_init__(self):
+        if self.batch_size and self.learning_rate is None:  # at 2e-3 some runs in small batches never learn
+            self.learning_rate = 2e-3 * min(1, self.batch_size / 128) ** 0.5
 
 
 def build_model(config: Config, labels: dict) -> tuple:

@@ -25,7 +25,7 @@ def preflight(config, trainer: Trainer, new: list[str]) -> None:
         + ", ".join([str(dtype).removeprefix("torch.") for dtype in frozen] + ["4 bits"] * (quantized > 0)),
         "Reviews": f"{len(truncated):,} to train on, {sum(truncated) / len(truncated):.1%} of them truncated to "
         f"{config.max_length} tokens; batches of {config.batch_size}: {updates} updates in each of "
-        f"{config.epochs} epochs, {updates * config.epochs:,} in all",
+        f"{config.epochs} epochs, {updates * config.epochs:,} in all; learning rate {args.learning_rate:.2g}",
         "Device": f"{args.device.type} in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}, "
         f"processes: {args.world_size}, seed: {args.seed}",
     }

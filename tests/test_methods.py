@@ -1,5 +1,6 @@
 """What each method trains, freezes and quantizes, on every architecture; one test for each trap."""
 
+import dataclasses
 import gc
 
 import bitsandbytes
@@ -238,7 +239,16 @@ def test_trap_12_the_seed_decides_what_is_drawn(method, backbones):
 
 @pytest.mark.parametrize("name", ["PEFT_LORA", "PEFT_QLORA"])
 def test_trap_15_the_learning_rate_is_loras_not_full_fine_tunings(name):
-    assert 2e-4 <= import_method(name).Config().learning_rate <= 1e-2
+    assert 2e-4 <= import_method(name).Config(batch_size=128).learning_rate <= 1e-2
+
+
+@pytest.mark.parametrize("name", ["PEFT_LORA", "PEFT_QLORA"])
+@pytest.mark.parametrize(("size", "rate"), [(16, 7.07e-4), (32, 1e-3), (64, 1.414e-3), (128, 2e-3), (256, 2e-3)])
+def test_loras_learning_rate_falls_with_the_batch(name, size, rate):
+    Config = import_method(name).Config
+    assert Config(batch_size=size).learning_rate == pytest.approx(rate, rel=1e-3)
+    assert dataclasses.replace(Config(), batch_size=size).learning_rate == pytest.approx(rate, rel=1e-3)
+    assert Config(batch_size=size, learning_rate=3e-4).learning_rate == 3e-4, "what the user sets stays"
 
 
 def test_trap_16_merging_is_exact_in_full_precision_and_lossy_in_4_bits(backbones):

@@ -62,15 +62,15 @@ SETTINGS = {
     "PEFT_LORA": {
         "as it is": [],
         "head's rate 3e-4": ["--head_learning_rate", "3e-4"],
-        "head's rate 2e-3, as the rest": ["--head_learning_rate", "2e-3"],
-        "rate 7e-4": ["--learning_rate", "7e-4"],
+        "head's rate 2e-3": ["--head_learning_rate", "2e-3"],
+        "rate 2e-3, as in batches of 128": ["--learning_rate", "2e-3"],
         "longer warm-up": ["--warmup", "0.3"],
         "a third of the updates": ["--updates", "200"],
         "three times the updates": ["--updates", "1800"],
         "head alone first": ["--head_first"],
         "all linear layers": ["--target_modules", "all-linear"],
     },
-    "PEFT_QLORA": {"as it is": [], "head's rate 2e-3, as the rest": ["--head_learning_rate", "2e-3"]},
+    "PEFT_QLORA": {"as it is": [], "head's rate 2e-3": ["--head_learning_rate", "2e-3"]},
     "LAST_LAYER": {
         "as it is": [],
         "rate 3e-4": ["--learning_rate", "3e-4"],
