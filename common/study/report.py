@@ -154,10 +154,11 @@ def chart(folder: Path, names: list[str]) -> str:
 
 
 def source(record: dict) -> str:
-    """The command that left `record`, and the commit it ran at; a copy of the code without a history has none."""
+    """The command that left `record`, and the commits it ran at; a copy of the code without a history has none."""
     environment = record["environment"]
-    commit = (environment["commit"] or "unknown")[:10]
-    return f"`{record['command']}`, commit {commit}{' with uncommitted changes' * bool(environment.get('dirty'))}."
+    commits = {row.get("commit", environment["commit"]) for row in record.get("rows") or [{}]}
+    names = ", ".join(sorted((commit or "unknown")[:10] for commit in commits))
+    return f"`{record['command']}`, commit {names}{' with uncommitted changes' * bool(environment.get('dirty'))}."
 
 
 COSTS = {  # of a sweep's runs: title and format
@@ -353,9 +354,8 @@ def labels_tuning(folder: Path, words: list[str]) -> str:
         seeds.setdefault(row["labels"], {}).setdefault(row["setting"], set()).add(row["seed"])
     shared = {size: set.intersection(*found.values()) for size, found in seeds.items()}
     rows = sorted((row for row in rows if row["seed"] in shared[row["labels"]]), key=itemgetter("setting"))
-    commits = ", ".join(sorted({row["commit"][:10] for row in rows}))
     return (
-        f"`{record['command']}`, {commits}. {span(map(len, shared.values()))} draws, the same for all settings.\n\n"
+        f"{source(record)} {span(map(len, shared.values()))} draws, the same for all settings.\n\n"
         f"{accuracy_by_labels(rows, 'setting')}"
     )
 
