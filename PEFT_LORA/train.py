@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -65,6 +66,16 @@ class Config:
         help="Steps per update: with 4, a quarter of the batch is in memory at a time. "
         "[1 on a GPU; on a CPU as many as make steps of about 16 reviews: they fit its cache]",
     )
+    gradient_checkpointing: bool = HfArg(
+        default=False,
+        help="Compute every block again for its backward pass: less memory, more time. No gain where only the head or "
+        "the last block trains.",
+    )
+    torch_compile: bool = HfArg(default=False, help="Compile every block first: worth it for long runs on a GPU.")
+    optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = HfArg(
+        default="adamw_torch_fused",
+        help="As of TrainingArguments; AdamW's states take 8 bytes per trained weight, or 2.",
+    )
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One run for each.")
     max_train_samples: int | None = HfArg(
         default=None,
@@ -111,6 +122,7 @@ def build_model(config: Config, labels: dict) -> tuple:
         config.model,
         revision=config.model_revision,
         dtype=compute_dtype(),  # the frozen part computes in it; 32 bits would take twice the memory
+        device_map={"": PartialState().device},  # file by file to the GPU, never whole in the host's memory
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,
@@ -138,13 +150,17 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         return finished
     set_seed(seed, deterministic=True)  # before the model is built, which draws its new weights
     model, new, options = build_model(config, label_config(classes, tokenizer))
-    speed_up(model)
+    speed_up(model, config.torch_compile)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # which only the reentrant kind needs
     args = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size // config.gradient_accumulation_steps // processes(),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
+        optim=config.optim,
         learning_rate=config.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=0.1,  # of all steps

@@ -133,6 +133,8 @@ def run(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is too small; --gradient_checkpointing or a shorter --max_length takes less")
     except KeyboardInterrupt:
         print("\nInterrupted. The same command with --resume goes on after the last saved epoch.", file=sys.stderr)
         sys.exit(130)

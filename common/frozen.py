@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from accelerate.utils import find_executable_batch_size
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
@@ -61,7 +62,12 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
         whole, alone = (model(**source.__getitems__(few)).logits for source in (texts, stored([few])))
         if not torch.allclose(alone, whole, rtol=0.02, atol=0.01):
             return texts
-        return stored(list(longest_first(texts.lengths, trainer.args.eval_batch_size)))
+
+        @find_executable_batch_size(starting_batch_size=trainer.args.eval_batch_size)
+        def everything(batch_size: int) -> StoredOutputs:
+            return stored(list(longest_first(texts.lengths, batch_size)))
+
+        return everything()
 
 
 def pass_stored_outputs_on(backbone: PreTrainedModel) -> None:

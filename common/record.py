@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import DatasetDict
 from transformers import Trainer
 from transformers.utils import cached_file
 
 from common.cli import UserError
 from common.files import public_name, write_json
-from common.metrics import peak_memory, score, split_memory
+from common.metrics import score, split_memory
 from common.model import count_parameters
 from common.plotting import DEMO, bar_figure, line_figure, save
 
@@ -100,7 +101,9 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
     train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
     folder = Path(trainer.args.output_dir)
     trainable, total = count_parameters(trainer.model)
-    peak, tokens = peak_memory(), trainer.tensors_of(trainer.train_dataset).input_ids
+    peaks = gather_object([trainer.peaks])
+    phases = {phase: max(peak[phase] for peak in peaks) for phase in peaks[0]}
+    peak, tokens = max(phases.values()), trainer.tensors_of(trainer.train_dataset).input_ids
     record = {
         "seed": trainer.args.seed,
         "train_reviews": len(trainer.train_dataset),
@@ -112,7 +115,9 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
         "train_seconds": train_seconds,
         "train_reviews_per_second": len(trainer.train_dataset) * trainer.args.num_train_epochs / train_seconds,
         "total_seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak,
+        "processes": trainer.args.world_size,
+        "peak_memory_bytes": peak,  # of the process that took most
+        "peak_memory_by_phase_bytes": phases,
         "memory_bytes": split_memory(trainer.model, trainer.optimizer, peak),
         "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")),
         "padding_percent": trainer.padding_percent(),

@@ -9,18 +9,27 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-ATTENTION = "sequences_in_a_row"  # under a name of its own: other models keep theirs
+ATTENTION, COMPILED_ATTENTION = "sequences_in_a_row", "always_masked"  # names of their own: other models keep theirs
 
 
-def speed_up(model: PreTrainedModel) -> None:
-    """Let encoders' padded batches go through flash attention, and frozen LayerNorms compute in their own type."""
+def speed_up(model: PreTrainedModel, torch_compile: bool = False) -> None:
+    """Let encoders' padded batches go through flash attention, and frozen LayerNorms compute in their own type.
+
+    torch_compile: compile every Transformer block too, each in place and for all widths, when it first runs.
+    """
     AttentionInterface.register(ATTENTION, flash_attention)
     AttentionMaskInterface.register(ATTENTION, mask_of_texts)
-    model.set_attn_implementation(ATTENTION)  # without effect on architectures with an attention of their own
+    AttentionInterface.register(COMPILED_ATTENTION, sdpa_attention_forward)
+    AttentionMaskInterface.register(COMPILED_ATTENTION, mask_of_pairs)
+    # Without effect on architectures with an attention of their own
+    model.set_attn_implementation(COMPILED_ATTENTION if torch_compile else ATTENTION)
     for part in model.modules():
         if type(part) is nn.LayerNorm and not part.weight.requires_grad and part.weight.dtype != torch.float32:
             part.__class__ = LayerNormOutsideAutocast
+        if torch_compile and isinstance(part, GradientCheckpointingLayer):  # transformers' blocks
+            part.compile(dynamic=True)
 
 
 class LayerNormOutsideAutocast(nn.LayerNorm):
@@ -43,6 +52,13 @@ def mask_of_texts(*args, mask_function=None, attention_mask=None, **kwargs) -> t
     mask = attention_mask.bool()[:, None, None, :]
     mask.sequence_ends = sequence_ends(attention_mask)  # once, for all blocks
     return mask
+
+
+def mask_of_pairs(*args, **kwargs) -> torch.Tensor:
+    """transformers' mask for attention, whole, and of batches without padding too: compiled blocks see one kind,
+    (rows, 1, width, width)."""
+    whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, **kwargs | whole).clone(memory_format=torch.contiguous_format)
 
 
 def sequence_ends(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -101,10 +101,13 @@ def test_the_best_epoch_is_the_most_accurate_after_training_then_the_one_of_the_
     trainer = SimpleNamespace(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters()),
-        args=SimpleNamespace(seed=7, output_dir=str(tmp_path), num_train_epochs=3, load_best_model_at_end=chosen),
+        args=SimpleNamespace(
+            seed=7, output_dir=str(tmp_path), num_train_epochs=3, load_best_model_at_end=chosen, world_size=1
+        ),
         state=SimpleNamespace(log_history=history),
         train_dataset=range(100),
         run_once_seconds=4.0,
+        peaks={"loading": 5, "training": 90, "evaluation": 70},
         padding_percent=lambda: 1.5,
         tensors_of=lambda reviews: SimpleNamespace(input_ids=torch.tensor([[7, 8]])),
         is_world_process_zero=lambda: True,
@@ -121,6 +124,8 @@ def test_the_best_epoch_is_the_most_accurate_after_training_then_the_one_of_the_
     assert kept["test_labels"].tolist() == kept["validation_labels"].tolist() == [0, 1, 1, 0]
     assert (made["train_seconds"], made["train_reviews_per_second"]) == (10.0, 30.0)  # evaluation is left out
     assert made["trainable_parameters"] == made["total_parameters"] == 10
+    assert (made["processes"], made["peak_memory_bytes"], sum(made["memory_bytes"].values())) == (1, 90, 90)
+    assert made["peak_memory_by_phase_bytes"] == {"loading": 5, "training": 90, "evaluation": 70}
     assert json.loads((tmp_path / "run.json").read_text()) == made
 
 

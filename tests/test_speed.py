@@ -1,9 +1,12 @@
 """What makes training faster changes no result, and no other model in the process."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, DECODERS, build, make_trainer, set_dropout
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import AutoModelForSequenceClassification
 
 from common.speed import LayerNormOutsideAutocast, flash_attention, mask_of_texts, sequence_ends, speed_up
@@ -147,3 +150,22 @@ def test_layer_norms_that_train_or_are_in_fp32_stay_as_they_are(backbones):
     speed_up(model)
     kinds = [type(part) for part in model.modules() if isinstance(part, nn.LayerNorm)]
     assert kinds == [LayerNormOutsideAutocast] + 4 * [nn.LayerNorm]  # the embeddings' alone
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("PEFT_LORA", "bert"), ("LAST_LAYER", "llama")])
+def test_compiled_blocks_make_few_graphs_and_change_no_result(
+    name, architecture, backbones, tokens, tmp_path, monkeypatch
+):
+    plain_compile, losses = nn.Module.compile, []
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(plain_compile, backend="aot_eager"))
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        sizes = {"per_device_train_batch_size": 12, "num_train_epochs": 1}  # 16 is also the size of a head here
+        trainer = make_trainer(name, backbones[architecture], tmp_path, tokens, torch_compile=compiled, **sizes)
+        set_dropout(trainer.model, 0.0)
+        widths = {batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()}
+        trainer.train()
+        losses.append(trainer.predict(tokens["test"]).metrics["test_loss"])
+    assert len(widths) > 5 and counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -10,6 +10,7 @@ import transformers
 from conftest import ARCHITECTURES, make_trainer, set_dropout
 from torch.utils.data import Subset
 
+from common.blocks import transformer_blocks
 from common.cli import UserError
 from common.model import trainable_state
 from common.trainer import LengthGroupedBatches, ReviewTensors, longest_first
@@ -129,6 +130,99 @@ def test_accumulated_steps_train_like_one_large_batch(backbones, tokens, tmp_pat
         states.append(trainable_state(trainer.model))
     for name in states[0]:
         torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-3, atol=1e-4)
+
+
+def out_of_memory_above(trainer, rows: int) -> list[int]:
+    """The sizes of all steps; those of more than `rows` reviews fail half-way, with some gradients already there."""
+    sizes, loss = [], trainer.compute_loss_func
+
+    def limited(outputs, labels, num_items_in_batch=None):
+        sizes.append(len(labels))
+        found = loss(outputs, labels, num_items_in_batch)
+        if len(labels) > rows:
+            if found.requires_grad:
+                found.backward()
+            raise torch.OutOfMemoryError
+        return found
+
+    trainer.compute_loss_func = limited
+    return sizes
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_step_out_of_memory_is_taken_in_parts_and_changes_no_result(steps, backbones, tokens, tmp_path, capsys):
+    states = []
+    for rows in (1000, 3):
+        sizes = {"per_device_train_batch_size": 16 // steps, "gradient_accumulation_steps": steps}
+        trainer = make_trainer(
+            "LAST_LAYER", backbones["bert"], tmp_path, tokens, optim="sgd", learning_rate=0.1, **sizes
+        )
+        set_dropout(trainer.model, 0.0)
+        seen = out_of_memory_above(trainer, rows)
+        trainer.train()
+        states.append(trainable_state(trainer.model))
+    assert seen[:3] == ([15, 7, 3] if steps == 1 else [8, 4, 2]) and max(seen[2:]) == seen[2]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Out of GPU memory")]
+    assert len(said) == 2 and f"with {seen[0]} reviews" in said[0]
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_out_of_memory_is_done_in_parts(backbones, tokens, tmp_path):
+    trainer = make_trainer("PEFT_LORA", backbones["bert"], tmp_path, tokens)
+    whole = trainer.predict(tokens["test"])
+    seen = out_of_memory_above(trainer, 3)
+    parts = trainer.predict(tokens["test"])
+    assert seen[:4] == [8, 4, 2, 2] and sum(seen[2:]) == len(tokens["test"])
+    assert np.array_equal(parts.label_ids, whole.label_ids)
+    np.testing.assert_allclose(parts.predictions, whole.predictions, rtol=1e-4, atol=1e-5)
+
+
+def test_one_review_out_of_memory_ends_the_run(backbones, tokens, tmp_path):
+    trainer = make_trainer("PEFT_LORA", backbones["bert"], tmp_path, tokens)
+    out_of_memory_above(trainer, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+
+
+def test_peak_memory_is_noted_by_phase(backbones, tokens, tmp_path, monkeypatch):
+    peaks = iter([5, 30, 20, 40, 60, 10, 25, 3, 3, 3])
+    monkeypatch.setattr("common.trainer.peak_memory", lambda: next(peaks))
+    trainer = make_trainer("PEFT_LORA", backbones["bert"], tmp_path, tokens, num_train_epochs=1)
+    trainer.train()
+    trainer.predict(tokens["test"])
+    trainer.predict(tokens["test"])
+    assert trainer.peaks == {"loading": 5, "training": 40, "evaluation": 60}
+
+
+def test_a_decoder_keeps_no_keys_and_values(backbones, tokens, tmp_path):
+    trainer = make_trainer("PEFT_LORA", backbones["llama"], tmp_path, tokens)
+    batch = trainer.tensors_of(tokens["test"]).__getitems__([0, 1])
+    assert trainer.model(**batch).past_key_values is None
+
+
+@pytest.mark.parametrize(("name", "calls"), [("PEFT_LORA", 4), ("LAST_LAYER", 3), ("PEFT_QLORA", 4)])
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_gradient_checkpointing_computes_blocks_again_and_changes_no_result(
+    name, calls, architecture, backbones, tokens, tmp_path
+):
+    """calls: of the two blocks in one step; a frozen block's output is needed once only."""
+    states = []
+    for on in (False, True):
+        trainer = make_trainer(name, backbones[architecture], tmp_path, tokens, max_steps=3)
+        if on:
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+            trainer.model.disable_input_require_grads()
+        counted = []
+        for block in transformer_blocks(trainer.model):
+            part = getattr(block, "attention", None) or block.self_attn
+            part.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
+        torch.manual_seed(0)
+        trainer.train()
+        assert len(counted) == 3 * (calls if on else 2)
+        states.append(trainable_state(trainer.model))
+    for weight, again in zip(*(state.values() for state in states), strict=True):
+        torch.testing.assert_close(weight, again, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "as_trained"), [("NEW_HEAD", False), ("PEFT_LORA", True)])
