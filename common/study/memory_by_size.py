@@ -7,20 +7,23 @@
 LoRA and QLoRA, with checkpointing and without, and a few runs more (see `EXTRAS`), on texts of 512 random tokens. The
 shapes are real. The weights are random: drawn on the GPU layer by layer, and quantized as they are drawn. Every row is
 a run of the script's own `train`, two epochs of two updates with evaluation and test, with one change: a step that is
-out of memory ends the run, and is a row without figures. Every backbone and method has a process of its own, one at a
-time on each GPU. Writes common/study/memory_by_size.json, row by row, and PEFT_QLORA/memory_by_size.png; rows that are
+out of memory ends the run, and is a row without figures. Every run has a process of its own, one at a time on each
+GPU. Writes common/study/memory_by_size.json, row by row, and PEFT_QLORA/memory_by_size.png; rows that are
 there already stay. With `--demo` two tiny shapes; the record and the chart go to runs/.
 """
 
 import argparse
-import gc
+import contextlib
 import itertools
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
+from queue import Queue
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
@@ -91,6 +94,7 @@ MEASURED = (
     *("trainable_parameters", "peak_memory_bytes", "peak_phase", "memory_bytes", "first_epoch_seconds"),
     *("reviews_per_second", "operations_per_second"),
 )
+GPUS = Queue()  # those that no run has
 CARDS = {8: "RTX 4060", 16: "T4", 24: "RTX 4090", 48: "L40S", 80: "H100", 141: "H200"}  # GB
 
 
@@ -105,10 +109,6 @@ EXTRAS = [
     *itertools.starmap(job, itertools.product(("minilm-22m",), WITH_LORA, (128,), (True, False))),
     *(job("minilm-22m", "PEFT_LORA", 256, False, torch_compile=on) for on in (False, True)),
     *(job("bert-base", "PEFT_LORA", 128, False, torch_compile=on) for on in (False, True)),
-    *(
-        job("llama-7.5b", "LAST_LAYER", 4, True, optim=name)
-        for name in (USUAL["optim"], "adamw_8bit", "paged_adamw_8bit")
-    ),
     *(job("llama-7.5b", "PEFT_QLORA", 4, True, optim=name) for name in ("adamw_8bit", "paged_adamw_8bit")),
 ]
 
@@ -203,8 +203,9 @@ def counted_operations(config: PretrainedConfig, parameters_in_blocks: int, leng
     return 4 * parameters_in_blocks * length + (6 if is_decoder(config) else 12) * pairs
 
 
-def matrix_speed(size: int = 8192) -> float:
+def matrix_speed(size: int, gpu: str) -> float:
     """Floating-point operations per second of this GPU in products of large matrices in 16 bits."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     left, right = torch.randn(2, size, size, device=PartialState().device, dtype=torch.bfloat16)
     for count in (3, 20):  # the first ones warm up
         synchronize()
@@ -246,40 +247,39 @@ def train_once(job: dict, folder: Path) -> dict:
     }
 
 
-def measure(jobs: list[dict]) -> list[dict]:
-    """The rows of runs of the same backbone and method."""
-    backbone, config = jobs[0]["backbone"], shape(jobs[0]["backbone"])
-    sizes, rows = parameters_of(config), []
+def measure(settings: dict, gpu: str) -> dict:
+    """The row of one run, in a process that has not used a GPU yet."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    be_quiet()
+    config = shape(settings["backbone"])
+    row = settings | parameters_of(config) | dict.fromkeys(MEASURED)
     with TemporaryDirectory() as name:
         folder = Path(name)
         build_demo(folder)
         tokenizer = AutoTokenizer.from_pretrained(
             folder / "tiny-bert", model_max_length=config.max_position_embeddings
         )
-        place = (folder / "tiny-bert").rename(folder / backbone)
+        place = (folder / "tiny-bert").rename(folder / settings["backbone"])
         tokenizer.save_pretrained(place)
         config.save_pretrained(place)
-        for settings in jobs:
-            row = settings | sizes | dict.fromkeys(MEASURED)
-            try:
-                row |= train_once(settings, folder)
-            except torch.OutOfMemoryError:
-                print(f"{backbone}: out of memory")
-            if row["method"] in WITH_LORA:
-                row["formula_bytes"] = expected_bytes(config, row)
-                if speed := row["reviews_per_second"]:
-                    operations = counted_operations(config, sizes["parameters_in_blocks"], row["max_length"])
-                    row["operations_per_second"] = speed * operations
-            rows.append(row)
-            gc.collect()
-            torch.cuda.empty_cache()
-    return rows
+        with contextlib.suppress(torch.OutOfMemoryError):
+            row |= train_once(settings, folder)
+    if row["method"] in WITH_LORA:
+        row["formula_bytes"] = expected_bytes(config, row)
+        if speed := row["reviews_per_second"]:
+            operations = counted_operations(config, row["parameters_in_blocks"], row["max_length"])
+            row["operations_per_second"] = speed * operations
+    return row
 
 
-def take_gpu(waiting) -> None:
-    """Let this process see the next GPU alone, and say nothing."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = waiting.get()
-    be_quiet()
+def alone(work: Callable, *args) -> object:
+    """What `work(*args, gpu)` returns in a process of its own, on a GPU that no other has."""
+    gpu = GPUS.get()
+    try:
+        with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
+            return pool.submit(work, *args, gpu).result()
+    finally:
+        GPUS.put(gpu)
 
 
 def key(row: dict) -> tuple:
@@ -334,29 +334,26 @@ def main(argv: list[str] | None = None) -> dict:
         jobs = [found | {"max_length": 32} for found in jobs]
     path = HERE / ("runs" if args.demo else "") / "memory_by_size.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() and not args.demo else []
-    groups = {}
-    for found in jobs:
-        if found["backbone"] in shapes and found["method"] in methods and key(found) not in set(map(key, rows)):
-            groups.setdefault((found["backbone"], found["method"]), []).append(found)
+    known = set(map(key, rows))
+    jobs = [found for found in jobs if found["backbone"] in shapes and found["method"] in methods]
+    jobs = [found for found in jobs if key(found) not in known]
     record = {
         "command": command_line("-m common.study.memory_by_size", argv),
         "environment": environment(),
         "rows": rows,
     }
     path.parent.mkdir(exist_ok=True)
-    context = get_context("spawn")
-    gpus, waiting = [*range(torch.cuda.device_count())] or [""], context.SimpleQueue()
+    set_forkserver_preload(["common.study.labels", *(f"{name}.train" for name in METHODS)])  # once, not by every run
+    gpus = [*map(str, range(torch.cuda.device_count()))] or [""]
     for gpu in gpus:
-        waiting.put(str(gpu))
-    with ProcessPoolExecutor(len(gpus), context, take_gpu, (waiting,)) as pool:
-        speed = pool.submit(matrix_speed, 256 if args.demo else 8192)
-        results = [pool.submit(measure, found) for found in groups.values()]
-        record["matrix_operations_per_second"] = speed.result()
-        for result in as_completed(results):
-            rows += result.result()
+        GPUS.put(gpu)
+    with ThreadPoolExecutor(len(gpus)) as threads:
+        record["matrix_operations_per_second"] = alone(matrix_speed, 256 if args.demo else 8192)
+        for row in threads.map(partial(alone, measure), jobs):
+            rows.append(row)
             rows.sort(key=lambda row: (row["parameters"], str(key(row))))
             write_json(record, path)
-            print(*result.result(), sep="\n", flush=True)
+            print(row, flush=True)
     save(
         memory_figure(rows, BATCHES[0], args.demo),
         (path if args.demo else ROOT / "PEFT_QLORA" / path.name).with_suffix(".png"),
