@@ -7,9 +7,10 @@
 LoRA and QLoRA, with checkpointing and without, and a few runs more (see `EXTRAS`), on texts of 512 random tokens. The
 shapes are real. The weights are random: drawn on the GPU layer by layer, and quantized as they are drawn. Every row is
 a run of the script's own `train`, two epochs of two updates with evaluation and test, with one change: a step that is
-out of memory ends the run, and is a row without figures. Every run has a process of its own, one at a time on each
-GPU. Writes common/study/memory_by_size.json, row by row, and PEFT_QLORA/memory_by_size.png; rows that are
-there already stay. With `--demo` two tiny shapes; the record and the chart go to runs/.
+out of memory ends the run, and is a row without figures, as are those of the same backbone and method that need more.
+Each backbone and method has a process of its own, one at a time on each GPU. Writes common/study/memory_by_size.json
+and PEFT_QLORA/memory_by_size.png; rows that are there already stay. With `--demo` two tiny shapes; the record and the
+chart go to runs/.
 """
 
 import argparse
@@ -19,9 +20,8 @@ import json
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
-from multiprocessing import get_context, set_forkserver_preload
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from queue import Queue
 from tempfile import TemporaryDirectory
@@ -247,36 +247,37 @@ def train_once(job: dict, folder: Path) -> dict:
     }
 
 
-def measure(settings: dict, gpu: str) -> dict:
-    """The row of one run, in a process that has not used a GPU yet."""
+def measure(jobs: list[dict], gpu: str) -> list[dict]:
+    """The rows of runs of the same backbone and method, in a process that has not used a GPU yet."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     be_quiet()
-    config = shape(settings["backbone"])
-    row = settings | parameters_of(config) | dict.fromkeys(MEASURED)
-    with TemporaryDirectory() as name:
+    backbone, config = jobs[0]["backbone"], shape(jobs[0]["backbone"])
+    rows = [settings | parameters_of(config) | dict.fromkeys(MEASURED) for settings in jobs]
+    for row in rows:
+        row["formula_bytes"] = expected_bytes(config, row) if row["method"] in WITH_LORA else None
+    rows.sort(key=lambda row: row["formula_bytes"] or 0)
+    with TemporaryDirectory() as name, contextlib.suppress(torch.OutOfMemoryError):
         folder = Path(name)
         build_demo(folder)
         tokenizer = AutoTokenizer.from_pretrained(
             folder / "tiny-bert", model_max_length=config.max_position_embeddings
         )
-        place = (folder / "tiny-bert").rename(folder / settings["backbone"])
+        place = (folder / "tiny-bert").rename(folder / backbone)
         tokenizer.save_pretrained(place)
         config.save_pretrained(place)
-        with contextlib.suppress(torch.OutOfMemoryError):
-            row |= train_once(settings, folder)
-    if row["method"] in WITH_LORA:
-        row["formula_bytes"] = expected_bytes(config, row)
-        if speed := row["reviews_per_second"]:
-            operations = counted_operations(config, row["parameters_in_blocks"], row["max_length"])
-            row["operations_per_second"] = speed * operations
-    return row
+        for row in rows:
+            row |= train_once(row, folder)
+            if row["formula_bytes"]:
+                operations = counted_operations(config, row["parameters_in_blocks"], row["max_length"])
+                row["operations_per_second"] = row["reviews_per_second"] * operations
+    return rows
 
 
 def alone(work: Callable, *args) -> object:
     """What `work(*args, gpu)` returns in a process of its own, on a GPU that no other has."""
     gpu = GPUS.get()
     try:
-        with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(work, *args, gpu).result()
     finally:
         GPUS.put(gpu)
@@ -336,24 +337,26 @@ def main(argv: list[str] | None = None) -> dict:
     rows = json.loads(path.read_text())["rows"] if path.exists() and not args.demo else []
     known = set(map(key, rows))
     jobs = [found for found in jobs if found["backbone"] in shapes and found["method"] in methods]
-    jobs = [found for found in jobs if key(found) not in known]
+    groups = {}
+    for found in jobs:
+        if key(found) not in known:
+            groups.setdefault((found["backbone"], found["method"]), []).append(found)
     record = {
         "command": command_line("-m common.study.memory_by_size", argv),
         "environment": environment(),
         "rows": rows,
     }
     path.parent.mkdir(exist_ok=True)
-    set_forkserver_preload(["common.study.labels", *(f"{name}.train" for name in METHODS)])  # once, not by every run
     gpus = [*map(str, range(torch.cuda.device_count()))] or [""]
     for gpu in gpus:
         GPUS.put(gpu)
     with ThreadPoolExecutor(len(gpus)) as threads:
         record["matrix_operations_per_second"] = alone(matrix_speed, 256 if args.demo else 8192)
-        for row in threads.map(partial(alone, measure), jobs):
-            rows.append(row)
+        for result in as_completed([threads.submit(alone, measure, group) for group in groups.values()]):
+            rows += result.result()
             rows.sort(key=lambda row: (row["parameters"], str(key(row))))
             write_json(record, path)
-            print(row, flush=True)
+            print(*result.result(), sep="\n", flush=True)
     save(
         memory_figure(rows, BATCHES[0], args.demo),
         (path if args.demo else ROOT / "PEFT_QLORA" / path.name).with_suffix(".png"),
