@@ -14,15 +14,12 @@ from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+from common import demo
+
 # What --demo changes beside --model and --dataset: as much as its short reviews and tiny model need.
-DEMO_SETTINGS = {
-    "max_length": 64,
-    "epochs": 5,
-    "batch_size": 32,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 2e-3,
-    "seeds": [0],
-}
+DEMO_SETTINGS = dict(
+    max_length=64, epochs=5, batch_size=32, gradient_accumulation_steps=1, learning_rate=2e-3, seeds=[0]
+)
 UPDATES = 600  # about as many at least, where --epochs is not given
 
 
@@ -40,31 +37,25 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     logging.set_verbosity_error()  # the preflight says what matters of their reports on loading
     torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, and costs 8% of the speed
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # the first one decides for the process
-    parser = HfArgumentParser(
-        config_class, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False
-    )
+    about = sys.modules[config_class.__module__].__doc__
+    parser = HfArgumentParser(config_class, description=about, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    if parser.parse_known_args(argv)[0].demo:
-        parser.set_defaults(**DEMO_SETTINGS)
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:  # HfArgumentParser itself would end in a traceback
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    subset = getattr(config, "max_train_samples", None) or getattr(config, "max_test_samples", None)
-    output_dir = config.output_dir or folder / "runs" / ("demo" if config.demo else "partial" if subset else "")
-    config.output_dir = str(Path(output_dir).expanduser().resolve())
-    _check(config)
-    _check_output_dir(Path(config.output_dir), folder.name, config.seeds)
+    given = parser.parse_args(argv)
+    subset = getattr(given, "max_train_samples", None) or getattr(given, "max_test_samples", None)
+    output_dir = given.output_dir or folder / "runs" / ("demo" if given.demo else "partial" if subset else "")
+    output_dir = Path(output_dir).expanduser().resolve()
+    generated = output_dir / "generated"
+    if given.demo:
+        sources = {"model": str(generated / "tiny-bert"), "dataset": str(generated / "generated-reviews")}
+        parser.set_defaults(**DEMO_SETTINGS, **sources, model_revision=None, dataset_revision=None)
+    config = config_class(**vars(parser.parse_args(argv)))
+    config.output_dir = str(output_dir)
+    _check(config, folder.name)
     if config.demo:
-        from common.demo import build_demo
-
         torch.set_num_threads(1)  # more would only get in each other's way with so small a model
-        generated = Path(config.output_dir) / "generated"
         if state.is_local_main_process:  # it alone: written again, files would vanish while another process reads them
-            build_demo(generated)
+            demo.build_demo(generated)
         state.wait_for_everyone()
-        for name, place in (("model", "tiny-bert"), ("dataset", "generated-reviews")):
-            if getattr(config, name) == parser.get_default(name):
-                setattr(config, name, str(generated / place))
     for name in ("model", "dataset"):  # the default revision belongs to the default repository
         other, revision = getattr(config, name) != parser.get_default(name), f"{name}_revision"
         if other and getattr(config, revision) == parser.get_default(revision):
@@ -96,19 +87,9 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _check_output_dir(output_dir: Path, method: str, seeds: list[int]) -> None:
-    """Raise UserError where `output_dir` cannot be written to, or has a seed's folder that is not this method's."""
-    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {output_dir}: {existing} is no folder that can be written to")
-    for folder in (output_dir / f"seed_{seed}" for seed in seeds):
-        flags = folder / "flags.json"  # our mark
-        if folder.exists() and not (flags.exists() and f'"method": "{method}"' in flags.read_text()):
-            raise UserError(f"--output_dir {output_dir}: its {folder.name} was not left by {method}; name another")
-
-
-def _check(config) -> None:
-    """Raise UserError for the first field of `config` that is out of range or names a tracker that is not there."""
+def _check(config, method: str) -> None:
+    """Raise UserError for the first field of `config` that is out of range, names a tracker that is not there, or an
+    output folder that cannot be written to or has a seed's folder that is not this method's."""
     from transformers.integrations import get_available_reporting_integrations  # it imports every library it could use
 
     for field in dataclasses.fields(config):
@@ -117,14 +98,20 @@ def _check(config) -> None:
             raise UserError(f"--{field.name} {value}: must be a finite number greater than 0")
     if any(not 0 <= seed < 2**32 for seed in config.seeds) or len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"--seeds {' '.join(map(str, config.seeds))}: must be different integers from 0 to 2**32 - 1")
-    parts = (config.gradient_accumulation_steps or 1) * processes()
-    if config.batch_size and config.batch_size % parts:
-        raise UserError(
-            f"--batch_size {config.batch_size}: must be a multiple of {parts}, the accumulation steps times processes"
-        )
+    size, parts = config.batch_size, (config.gradient_accumulation_steps or 1) * processes()
+    if size and size % parts:
+        raise UserError(f"--batch_size {size}: must be a multiple of {parts}, the accumulation steps times processes")
     trackers = ["none", "all", *get_available_reporting_integrations()]
     if config.report_to not in trackers:
         raise UserError(f"--report_to {config.report_to}: not known or not installed; at hand: {', '.join(trackers)}")
+    output_dir = Path(config.output_dir)
+    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {existing} is no folder that can be written to")
+    for folder in (output_dir / f"seed_{seed}" for seed in config.seeds):
+        flags = folder / "flags.json"  # our mark
+        if folder.exists() and not (flags.exists() and f'"method": "{method}"' in flags.read_text()):
+            raise UserError(f"--output_dir {output_dir}: its {folder.name} was not left by {method}; name another")
 
 
 def run(main: Callable[[], object]) -> None:
