@@ -8,7 +8,6 @@ import glob
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -20,13 +19,8 @@ from common.cli import UserError
 from common.hub import OFFLINE, check_hub
 
 ENOUGH_TO_CHOOSE = 200  # validation reviews; by fewer the best epoch is a matter of luck
+BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json"}  # of load_dataset
 AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}  # "NA" and "null" are texts; only nothing is missing
-FILE_BUILDERS = {  # of load_dataset
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", AS_WRITTEN),
-    ".tsv": ("csv", AS_WRITTEN | {"sep": "\t"}),
-    ".jsonl": ("json", {}),
-}
 # ValueError: also Arrow's errors, and what load_dataset says of a data set that needs a configuration.
 UNREADABLE = (DatasetGenerationError, ValueError, RuntimeError, tarfile.TarError, EOFError)
 
@@ -46,13 +40,12 @@ def load_reviews(
     Raises UserError where the source cannot be read or used.
     """
     splits = _with_class_labels(_read(source, revision), source)
-    digests = {name: [hashlib.sha256(text.encode()).digest() for text in splits[name]["text"][:]] for name in splits}
-    labels = {name: splits[name]["label"][:] for name in splits}
-    listing = [
-        f"{name} {digest.hex()} {label}"
-        for name in splits
-        for digest, label in zip(digests[name], labels[name], strict=True)
-    ]
+    digests, labels, listing = {}, {}, []
+    for name, rows in splits.items():
+        digests[name] = [hashlib.sha256(text.encode()).digest() for text in rows["text"][:]]
+        labels[name] = rows["label"][:]
+        pairs = zip(digests[name], labels[name], strict=True)
+        listing += [f"{name} {digest.hex()} {label}" for digest, label in pairs]
     fingerprint = hashlib.sha256("\n".join(sorted(listing)).encode()).hexdigest()
 
     rows = stratified_rows(labels["train"], max_train_samples, seed)
@@ -103,10 +96,8 @@ def clean(text: str) -> str:
 
 
 def tokenize(data: DatasetDict, tokenizer, max_length: int) -> DatasetDict:
-    """Columns `input_ids` (at most `max_length`, special tokens included), `labels`, and `truncated` (bool).
-
-    Cached by `datasets` for this tokenizer, these reviews and this length.
-    """
+    """Columns `input_ids` (at most `max_length`, special tokens included), `labels`, and `truncated` (bool); cached by
+    `datasets` for this tokenizer, these reviews and this length."""
     tokens = DatasetDict()
     for split, rows in data.items():
         # Truncation is part of the tokenizer's state, and so of the cache's key: the same state before every split.
@@ -137,8 +128,7 @@ def _encode(batch: dict, tokenizer, max_length: int) -> dict:
 def training_sample(data: DatasetDict) -> Subset:
     """As many training reviews as validation has, always the same: training accuracy is measured on them, in
     evaluation mode, so that the two are measured alike."""
-    labels = data["train"]["labels"][:]
-    return Subset(data["train"], stratified_rows(labels, len(data["validation"]), seed=0))
+    return Subset(data["train"], stratified_rows(data["train"]["labels"][:], len(data["validation"]), seed=0))
 
 
 def _read(source: str, revision: str | None) -> dict[str, Dataset]:
@@ -169,38 +159,35 @@ def _read(source: str, revision: str | None) -> dict[str, Dataset]:
 
 def _read_file(folder: Path, split: str) -> Dataset:
     """The one file of `split` in `folder`. Raises one of UNREADABLE for what is in it."""
-    found = sorted(file for file in folder.glob(f"{split}.*") if file.suffix.lower() in FILE_BUILDERS)
+    found = sorted(file for file in folder.glob(f"{split}.*") if file.suffix.lower() in BUILDERS)
     if len(found) != 1:
         raise UserError(
             f"--dataset {folder}: needs one {split} file, {split}.parquet, .csv, .tsv or .jsonl; "
             f"found {', '.join(file.name for file in found) or 'none'}"
         )
-    builder, options = FILE_BUILDERS[found[0].suffix.lower()]
+    suffix = found[0].suffix.lower()
+    options = AS_WRITTEN | {"sep": "\t" if suffix == ".tsv" else ","} if BUILDERS[suffix] == "csv" else {}
     try:
-        return load_dataset(builder, data_files=glob.escape(str(found[0])), split="train", **options)
+        return load_dataset(BUILDERS[suffix], data_files=glob.escape(str(found[0])), split="train", **options)
     except (*UNREADABLE, OSError, StopIteration) as error:  # the last of an empty file
         raise ValueError(f"{found[0].name}: {str(error.__cause__ or error) or 'is empty'}") from None
 
 
 def _read_acl_imdb(path: Path, split: str) -> Dataset:
-    features = Features(text=Value("string"), label=ClassLabel(names=["neg", "pos"]))
-    return Dataset.from_list(list(_acl_imdb_rows(path, split)), features=features)
-
-
-def _acl_imdb_rows(path: Path, split: str) -> Iterator[dict]:
-    """Rows of <path>/<split>/{neg,pos}/*.txt, in a folder or, read in place, in the archive."""
+    """<path>/<split>/{neg,pos}/*.txt of a folder or, read in place, of an archive."""
+    rows, names = [], ("neg", "pos")
     if path.is_dir():
-        for name in ("neg", "pos"):
-            for file in sorted((path / split / name).glob("*.txt")):
-                yield {"text": file.read_bytes().decode(), "label": name}  # read_text would change line ends
-        return
-    with tarfile.open(path) as archive:
-        for member in archive:
-            parts = PurePosixPath(member.name).parts  # aclImdb/train/pos/0_9.txt
-            if parts[-3:-2] == (split,) and parts[-2] in ("neg", "pos") and member.isfile():
-                yield {"text": archive.extractfile(member).read().decode(), "label": parts[-2]}
-        while archive.fileobj.read(2**20):  # to gzip's checksum: tarfile takes a damaged header for the archive's end
-            pass
+        for file in sorted(file for name in names for file in (path / split / name).glob("*.txt")):
+            rows.append({"text": file.read_bytes().decode(), "label": file.parent.name})  # no line end is changed
+    else:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                parts = PurePosixPath(member.name).parts  # aclImdb/train/pos/0_9.txt
+                if parts[-3:-2] == (split,) and parts[-2] in names and member.isfile():
+                    rows.append({"text": archive.extractfile(member).read().decode(), "label": parts[-2]})
+            while archive.fileobj.read(2**20):  # to gzip's checksum: tarfile takes a damaged header for the end
+                pass
+    return Dataset.from_list(rows, Features(text=Value("string"), label=ClassLabel(names=list(names))))
 
 
 def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dataset]:
@@ -226,8 +213,7 @@ def _with_class_labels(splits: dict[str, Dataset], source: str) -> dict[str, Dat
     if len(classes) < 2:
         refuse(f"the train split has one class only, {classes[0]!r}; needs two or more")
     for label in set(splits["test"]["label"][:]) - set(classes):
-        has = ", ".join(map(repr, classes))
-        refuse(f"label {label!r} of the test split is not in the train split, which has: {has}")
+        refuse(f"label {label!r} of the test split is not in the train split, which has: {str(classes)[1:-1]}")
     names = [train.int2str(label) if isinstance(train, ClassLabel) else str(label) for label in classes]
     if names in (["neg", "pos"], ["0", "1"]):
         names = ["negative", "positive"]
