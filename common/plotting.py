@@ -4,10 +4,9 @@ import hashlib
 import json
 import math
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -29,51 +28,39 @@ def bar_figure(record: dict) -> Figure:
         (-0.19, "untrained_test", "before fine-tuning", PALE),
         (0.19, "test", "after fine-tuning", BLUE),
     ):
-        scores = [[run[key][metric] for run in runs] for metric in ("accuracy", "f1")]
-        means, sds = [mean(values) for values in scores], [stdev(values) for values in scores if len(runs) > 1]
+        scores = np.array([[run[key]["accuracy"], run[key]["f1"]] for run in runs])
+        sds = scores.std(axis=0, ddof=1) if len(runs) > 1 else None
         # Unclipped, because a mean near 100 % plus its sd leaves the axis, and the label on top does too.
-        whisker = {"yerr": sds or None, "capsize": 4, "error_kw": {"clip_on": False}}
-        bars = axes.bar([offset, 1 + offset], means, width=0.36, color=colour, label=label, **whisker)
-        axes.bar_label(bars, [f"{value:.1%}" for value in means], padding=3, annotation_clip=False)
+        whisker = {"yerr": sds, "capsize": 4, "error_kw": {"clip_on": False}}
+        bars = axes.bar([offset, 1 + offset], scores.mean(axis=0), 0.36, color=colour, label=label, **whisker)
+        axes.bar_label(bars, fmt="{:.1%}", padding=3, annotation_clip=False)
     axes.set(xticks=[0, 1], xticklabels=["test accuracy", "test F1"], ylim=(0, 1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(**LEGEND, ncols=2)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9, columnspacing=1.5)
     return figure
 
 
 def line_figure(record: dict) -> Figure:
     """Accuracy in percent across epochs, on validation and on training reviews, with the chosen epochs marked."""
     runs = record["runs"]
-    figure, axes = _method_page(
-        record,
-        f"epoch (0: before fine-tuning)\n{record['dataset']['validation']:,} validation reviews; "
-        "training: a fixed sample of reviews, in evaluation mode",
-    )
+    caption = f"epoch (0: before fine-tuning)\n{record['dataset']['validation']:,} validation reviews; "
+    figure, axes = _method_page(record, caption + "training: a fixed sample of reviews, in evaluation mode")
     epochs = [epoch["epoch"] for epoch in runs[0]["epochs"]]
-    training = [[epoch["train_accuracy"] for epoch in run["epochs"]] for run in runs]
-    validation = [[epoch["validation_accuracy"] for epoch in run["epochs"]] for run in runs]
+    training = np.array([[epoch["train_accuracy"] for epoch in run["epochs"]] for run in runs])
+    validation = np.array([[epoch["validation_accuracy"] for epoch in run["epochs"]] for run in runs])
     # Unclipped, because a curve or a mark at 100 % would lose its upper half. The mean is pale and wide, so that the
     # seeds, often within its width, can be told apart on top of it.
-    for curves, line, colour, width, label in (
-        (validation, "-", SKY, 5, "validation, mean"),
-        (training, "--", ORANGE, 2, "training (sample)"),
-    ):
-        means = [mean(values) for values in zip(*curves, strict=True)]
-        axes.plot(epochs, means, line, color=colour, lw=width, clip_on=False, label=label)
+    axes.plot(epochs, validation.mean(axis=0), color=SKY, lw=5, clip_on=False, label="validation, mean")
+    axes.plot(epochs, training.mean(axis=0), "--", color=ORANGE, lw=2, clip_on=False, label="training (sample)")
     for run, curve in zip(runs, validation, strict=True):
         chosen, first = epochs.index(run["best_epoch"]), run is runs[0]
         axes.plot(epochs, curve, color=BLUE, lw=0.9, clip_on=False, label="validation, each seed" if first else None)
         mark = {"ms": 9, "mfc": "none", "mec": RED, "mew": 1.6, "label": "chosen epoch" if first else None}
         axes.plot(epochs[chosen], curve[chosen], "o", clip_on=False, **mark)
-    low, high = limits(value for curve in training + validation for value in curve)
+    low, high = limits([*training.flat, *validation.flat])
     axes.set(ylabel=f"accuracy (axis from {low:.0%})", ylim=(low, high))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    figure.legend(**LEGEND, ncols=4)
+    figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=9, columnspacing=1.5)
     return figure
-
-
-LEGEND = {"loc": "outside lower left", "frameon": False, "fontsize": 9, "columnspacing": 1.5}
 
 
 def _method_page(record: dict, caption: str) -> tuple[Figure, Axes]:
@@ -81,6 +68,7 @@ def _method_page(record: dict, caption: str) -> tuple[Figure, Axes]:
     figure = page(f"{record['method']}: {Path(model['name']).name} on {data}", (7.4, 4.8), record["config"]["demo"])
     axes = figure.subplots()
     style(axes, grid="y")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
     trains = f"{model['trainable_parameters']:,} of {model['total_parameters']:,} parameters"
     share = f"({model['trainable_percent']:.3g}%)"
     axes.set_title(f"Trains {trains} {share} · {_seeds(record['runs'])}", loc="left", size=10, color=GREY, pad=20)
@@ -106,9 +94,8 @@ def style(axes: Axes, grid: str) -> None:
     axes.set_axisbelow(True)
 
 
-def limits(values: Iterable[float]) -> tuple[float, float]:
+def limits(values: list[float]) -> tuple[float, float]:
     """The multiples of 5 % around the values, the lower one strictly below them unless it is zero."""
-    values = list(values)
     return max(0, math.ceil(20 * min(values)) - 1) / 20, math.ceil(20 * max(values)) / 20
 
 
