@@ -90,30 +90,27 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
         seconds += entry.get("seconds", 0.0)
         if scores := {name: entry[f"eval_{name}"] for name in kept if f"eval_{name}" in entry}:
             number = round(entry["epoch"])
-            epoch = epochs.setdefault(number, {"epoch": number, "seconds": seconds})  # since the one before
-            epoch |= scores
+            epochs.setdefault(number, {"epoch": number, "seconds": seconds}).update(scores)  # since the one before
             seconds = 0.0
     epochs = list(epochs.values())
-    # As Trainer chooses it; epoch 0 is no candidate.
-    best = max(epochs[1:], key=lambda epoch: (epoch["validation_accuracy"], -epoch["validation_loss"]))
-    if not trainer.args.load_best_model_at_end:
-        best = epochs[-1]
+    candidates = epochs[1:] if trainer.args.load_best_model_at_end else epochs[-1:]
+    best = max(candidates, key=lambda epoch: (epoch["validation_accuracy"], -epoch["validation_loss"]))  # as Trainer's
     train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
     folder = Path(trainer.args.output_dir)
     trainable, total = count_parameters(trainer.model)
-    peaks = gather_object([trainer.peaks])
+    peaks, reviews = gather_object([trainer.peaks]), trainer.train_dataset
     phases = {phase: max(peak[phase] for peak in peaks) for phase in peaks[0]}
-    peak, tokens = max(phases.values()), trainer.tensors_of(trainer.train_dataset).input_ids
+    peak, tokens = max(phases.values()), trainer.tensors_of(reviews).input_ids
     record = {
         "seed": trainer.args.seed,
-        "train_reviews": len(trainer.train_dataset),
+        "train_reviews": len(reviews),
         "train_sha256": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),  # which ones: a subset is drawn
         "epochs": epochs,
         "best_epoch": best["epoch"],
         "untrained_test": {name: value for name, value in score(untrained_test).items() if name in ("accuracy", "f1")},
         "test": score(test),
         "train_seconds": train_seconds,
-        "train_reviews_per_second": len(trainer.train_dataset) * trainer.args.num_train_epochs / train_seconds,
+        "train_reviews_per_second": len(reviews) * trainer.args.num_train_epochs / train_seconds,
         "total_seconds": time.perf_counter() - started,
         "processes": trainer.args.world_size,
         "peak_memory_bytes": peak,  # of the process that took most
@@ -125,16 +122,14 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
         "total_parameters": total,
     }
     if trainer.is_world_process_zero():
-        found = {"validation": validation, "test": test}
-        arrays = {f"{split}_logits": prediction.predictions for split, prediction in found.items()}
-        np.savez(folder / "logits.npz", **arrays, **{f"{split}_labels": found[split].label_ids for split in found})
+        logits = {"validation_logits": validation.predictions, "test_logits": test.predictions}
+        labels = {"validation_labels": validation.label_ids, "test_labels": test.label_ids}
+        np.savez(folder / "logits.npz", **logits, **labels)
         write_json(record, folder / "run.json")
     return record
 
 
-def publish(
-    folder: Path, argv: list[str] | None, config, data: DatasetDict, fingerprint: str, runs: list[dict]
-) -> dict:
+def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
     """Write results.json, draw the charts, print what came out; returns the record.
 
     They go beside the script in `folder` after a full run, else under `--output_dir`: a partial run never replaces
@@ -168,12 +163,12 @@ def summarize(values: list[float]) -> dict:
     return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def make_record(
-    method: str, argv: list[str] | None, config, data: DatasetDict, fingerprint: str, runs: list[dict]
-) -> dict:
-    """The content of results.json."""
+def make_record(method: str, argv, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
+    """The content of results.json. argv: as of `command_line`."""
     trainable, total = runs[0]["trainable_parameters"], runs[0]["total_parameters"]
     settings = dataclasses.asdict(config)
+    optional = {"revision": config.model_revision, "_raise_exceptions_for_missing_entries": False}
+    weights = cached_file(config.model, "model.safetensors", **optional)  # None: they are spread over several files
     return {
         "method": method,
         "command": command_line(f"{method}/train.py", argv),
@@ -182,7 +177,7 @@ def make_record(
         "model": {
             "name": public_name(config.model),
             "revision": config.model_revision,
-            "weights_sha256": weights_sha256(config.model, config.model_revision),
+            "weights_sha256": weights and hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
             "total_parameters": total,
             "trainable_parameters": trainable,
             "trainable_percent": 100 * trainable / total,
@@ -210,19 +205,12 @@ def command_line(script: str, argv: list[str] | None) -> str:
     return " ".join(["python", script, *map(public_name, sys.argv[1:] if argv is None else argv)])
 
 
-def weights_sha256(name: str, revision: str | None) -> str | None:
-    """SHA-256 of the backbone's file of weights; None where they are spread over several files."""
-    file = cached_file(name, "model.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
-
-
 def environment() -> dict:
     """Hardware, versions, and the commit of the code: SOURCE_COMMIT where it is set (for a copy without its history),
     else from git."""
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
     copied, cpuinfo = os.environ.get("SOURCE_COMMIT"), Path("/proc/cpuinfo")
     commit = copied or git("rev-parse", "--verify", "HEAD") or None
