@@ -52,8 +52,7 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
 
     def stored(parts: list[list[int]]) -> StoredOutputs:
         progress = logging.tqdm(parts, desc="Through the backbone, once", disable=len(parts) == 1)
-        batches = map(texts.__getitems__, progress)
-        outputs = run_backbone(model, batches).float()
+        outputs = run_backbone(model, map(texts.__getitems__, progress)).float()
         order = torch.tensor(np.argsort(np.concatenate(parts)), device=outputs.device)
         return StoredOutputs(outputs[order], texts.labels)
 
@@ -62,12 +61,8 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
         whole, alone = (model(**source.__getitems__(few)).logits for source in (texts, stored([few])))
         if not torch.allclose(alone, whole, rtol=0.02, atol=0.01):
             return texts
-
-        @find_executable_batch_size(starting_batch_size=trainer.args.eval_batch_size)
-        def everything(batch_size: int) -> StoredOutputs:
-            return stored(list(longest_first(texts.lengths, batch_size)))
-
-        return everything()
+        largest = trainer.args.eval_batch_size
+        return find_executable_batch_size(lambda size: stored(list(longest_first(texts.lengths, size))), largest)()
 
 
 def pass_stored_outputs_on(backbone: PreTrainedModel) -> None:
