@@ -5,13 +5,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_utils import PreTrainedModel
 
 from common.cli import UserError
 from common.hub import OFFLINE, check_hub
@@ -103,10 +98,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     weights count as the parameters they stand for."""
     trainable = total = 0
     for name, weight in model.named_parameters():
-        if "original_module." in name:
-            continue
-        state = getattr(weight, "quant_state", None)
-        count = state.shape.numel() if state is not None else weight.numel()
-        total += count
-        trainable += count if weight.requires_grad else 0
+        if "original_module." not in name:
+            count = (getattr(weight, "quant_state", None) or weight).shape.numel()
+            total += count
+            trainable += count * weight.requires_grad
     return trainable, total
