@@ -25,9 +25,8 @@ class ClassificationScores(evaluate.Metric):
         pair, classes = (references, predictions), list(range(num_classes))
         options = {"labels": [1] if num_classes == 2 else classes, "average": "macro", "zero_division": 0}
         precision, recall, f1 = map(float, precision_recall_fscore_support(*pair, **options)[:3])
-        confusion = confusion_matrix(*pair, labels=classes).tolist()
         scores = {"accuracy": accuracy_score(*pair), "f1": f1, "precision": precision, "recall": recall}
-        return scores | {"confusion_matrix": confusion}
+        return scores | {"confusion_matrix": confusion_matrix(*pair, labels=classes).tolist()}
 
 
 def score(prediction: EvalPrediction) -> dict:
