@@ -24,7 +24,7 @@ THINGS = "acting plot script music dialogue ending direction pacing photography 
 
 def write_corpus() -> tuple[list[dict], list[dict]]:
     """Train and test rows {"text", "label"}, sorted by label as IMDb is, so that a missing shuffle shows."""
-    rng, splits = random.Random(0), ([], [])
+    rng, train, test = random.Random(0), [], []
     for label, same, other in ((0, NEGATIVE, POSITIVE), (1, POSITIVE, NEGATIVE)):
         words, texts = {"same": same, "other": other, "thing": THINGS}, {}
         while len(texts) < (TRAIN_REVIEWS + TEST_REVIEWS) // 2:
@@ -32,9 +32,9 @@ def write_corpus() -> tuple[list[dict], list[dict]]:
             text = re.sub(r"{(\w+)}", lambda slot, words=words: rng.choice(words[slot[1]]), text)
             texts[text] = label  # as keys, so that no review comes twice
         rows = [{"text": text, "label": label} for text in texts]
-        splits[0].extend(rows[: TRAIN_REVIEWS // 2])
-        splits[1].extend(rows[TRAIN_REVIEWS // 2 :])
-    return splits
+        train += rows[: TRAIN_REVIEWS // 2]
+        test += rows[TRAIN_REVIEWS // 2 :]
+    return train, test
 
 
 def build_demo(folder: Path) -> None:
@@ -51,15 +51,9 @@ def build_demo(folder: Path) -> None:
     tokenizer.save_pretrained(model_folder)
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = BertConfig(
-        **sizes,
-        vocab_size=len(tokens),
-        max_position_embeddings=128,
-        # BERT's own settings suit pretraining: weights of 0.02 pass little of the words on to [CLS], dropout is noise.
-        initializer_range=0.15,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    # BERT's own settings suit pretraining: weights of 0.02 pass little of the words on to [CLS], dropout is noise.
+    settings = {"initializer_range": 0.15, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=len(tokens), max_position_embeddings=128, **sizes, **settings)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(2)  # torch.manual_seed would also reseed the GPUs, for good
         model = BertModel(config)  # as in the real backbone's checkpoint: a pooler, but no classifier
