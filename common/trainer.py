@@ -7,7 +7,6 @@ Measured on one H200 (all-MiniLM-L6-v2, LoRA, batch 128): 1.4 times the speed of
 length from 8 processes. That PEFT casts no inputs is worth 8% of the memory.
 """
 
-import gc
 import math
 import sys
 import time
@@ -18,6 +17,7 @@ from itertools import product
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import release_memory
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset
@@ -117,9 +117,8 @@ class EpochProgress(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "eval_validation_accuracy" in logs:
-            line = "epoch {epoch:.0f}  validation accuracy {eval_validation_accuracy:.2%}, "
-            line += "loss {eval_validation_loss:.4f}"
-            self.training_bar.write(line.format(**{"epoch": 0} | logs))
+            epoch, accuracy, loss = state.epoch or 0, logs["eval_validation_accuracy"], logs["eval_validation_loss"]
+            self.training_bar.write(f"epoch {epoch:.0f}  validation accuracy {accuracy:.2%}, loss {loss:.4f}")
 
 
 class ReviewTrainer(Trainer):
@@ -127,8 +126,7 @@ class ReviewTrainer(Trainer):
 
     A step that runs out of GPU memory is tried again in halves; the update stays that of its whole batch.
 
-    learning_rates: peak of the schedule for the parameters of the modules named; for all others it is that of
-    `args`.
+    learning_rates: peak of the schedule for the parameters of the modules named; for all others that of `args`.
     run_once: called once with this trainer and each data set's `ReviewTensors`, it returns what every epoch reads in
     their place (see `common/frozen.py`). None: every epoch runs the whole model.
     """
@@ -193,18 +191,15 @@ class ReviewTrainer(Trainer):
             self.model.zero_grad()
             for weight, gradient in gradients:
                 weight.grad = gradient.clone()
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_memory()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        names = {id(weight): name for name, weight in (model or self.model).named_parameters()}
+        names = {weight: name for name, weight in (model or self.model).named_parameters()}
         for (part, rate), group in product(self.learning_rates.items(), list(optimizer.param_groups)):
-            own, rest = [], []
-            for weight in group["params"]:
-                (own if f".{part}." in f".{names[id(weight)]}" else rest).append(weight)
-            group["params"] = rest
-            if own:
+            inside = {weight: f".{part}." in f".{names[weight]}" for weight in group["params"]}
+            group["params"] = [weight for weight in inside if not inside[weight]]
+            if own := [weight for weight in inside if inside[weight]]:
                 optimizer.add_param_group(group | {"params": own, "lr": rate})
         return optimizer
 
@@ -223,10 +218,9 @@ class ReviewTrainer(Trainer):
         return self.inputs[key]
 
     def training_batches(self, lengths: np.ndarray) -> LengthGroupedBatches:
-        args = self.args
-        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        share = args.gradient_accumulation_steps, args.process_index, args.world_size
-        return LengthGroupedBatches(lengths, size, args.seed, *share)
+        args, steps = self.args, self.args.gradient_accumulation_steps
+        size = args.train_batch_size * steps * args.world_size
+        return LengthGroupedBatches(lengths, size, args.seed, steps, args.process_index, args.world_size)
 
     def get_train_dataloader(self) -> DataLoader:
         synchronize()
