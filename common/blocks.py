@@ -51,10 +51,7 @@ def lora_targets(model: PreTrainedModel, names: list[str] | None) -> list[str] |
     chosen = names or KNOWN.get(model.config.model_type, found)
     unknown = [name for name in chosen if not any(layer.endswith(f".{name}") for layer in layers)]
     if unknown or not chosen:
-        wrong = (
-            f"{' '.join(unknown)}: no linear layer ends in it"
-            if unknown
-            else f"must be given for {type(model).__name__}"
-        )
+        name = type(model).__name__
+        wrong = f"{' '.join(unknown)}: no linear layer ends in it" if unknown else f"must be given for {name}"
         raise UserError(f"--target_modules {wrong}; all-linear alone, or some of {', '.join(ends)}")
     return list(chosen)
