@@ -32,11 +32,10 @@ class ClassificationScores(evaluate.Metric):
 def score(prediction: EvalPrediction) -> dict:
     """Every score of logits of shape (reviews, classes) against labels of shape (reviews,), and as "loss" the mean
     cross-entropy over the reviews. Trainer's own is a mean over batches, where a small one counts for too much."""
-    logits = prediction.predictions
-    scores = ClassificationScores(keep_in_memory=True).compute(
-        predictions=logits.argmax(axis=-1), references=prediction.label_ids, num_classes=logits.shape[-1]
-    )
-    loss = nn.functional.cross_entropy(torch.tensor(logits).float(), torch.tensor(prediction.label_ids))
+    logits, labels = prediction.predictions, prediction.label_ids
+    given = {"predictions": logits.argmax(axis=-1), "references": labels, "num_classes": logits.shape[-1]}
+    scores = ClassificationScores(keep_in_memory=True).compute(**given)
+    loss = nn.functional.cross_entropy(torch.tensor(logits).float(), torch.tensor(labels))
     return scores | {"loss": loss.item()}
 
 
