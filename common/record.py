@@ -166,14 +166,13 @@ def summarize(values: list[float]) -> dict:
 def make_record(method: str, argv, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
     """The content of results.json. argv: as of `command_line`."""
     trainable, total = runs[0]["trainable_parameters"], runs[0]["total_parameters"]
-    settings = dataclasses.asdict(config)
     optional = {"revision": config.model_revision, "_raise_exceptions_for_missing_entries": False}
     weights = cached_file(config.model, "model.safetensors", **optional)  # None: they are spread over several files
     return {
         "method": method,
         "command": command_line(f"{method}/train.py", argv),
         **({"note": DEMO} if config.demo else {}),
-        "config": {name: public_name(value) if isinstance(value, str) else value for name, value in settings.items()},
+        "config": {name: public_name(flag) if isinstance(flag, str) else flag for name, flag in vars(config).items()},
         "model": {
             "name": public_name(config.model),
             "revision": config.model_revision,
