@@ -36,8 +36,7 @@ def load_reviews(
 
     source: what `--dataset` takes. max_*_samples: a random, stratified subset, of the training reviews another one for
     each `seed`; validation is split off it. The fingerprint is the SHA-256 of all the training and test reviews, no
-    subset: the same for the same reviews, whatever their order or file format.
-    Raises UserError where the source cannot be read or used.
+    subset, whatever their order or file format. Raises UserError where the source cannot be read or used.
     """
     splits = _with_class_labels(_read(source, revision), source)
     digests, labels, listing = {}, {}, []
@@ -82,8 +81,7 @@ def stratified_rows(labels: list[int], size: int | None, seed: int) -> np.ndarra
     if size is None or size >= len(labels):
         return np.arange(len(labels))
     shuffled = np.random.default_rng(seed).permutation(len(labels))
-    # A row's place within its class, as a share of the class: the smallest shares take evenly from every class.
-    share = np.empty(len(labels))
+    share = np.empty(len(labels))  # a row's place within its class, of 1: the smallest take evenly from every class
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
         share[members] = (np.arange(len(members)) + 0.5) / len(members)

@@ -43,10 +43,8 @@ def head_token(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewTensors) -> Dataset:
     """Send every text through `run_backbone` once; returns what the head trains on from then on.
-
     run_backbone: given the model and an iterator over batches, returns (texts, hidden size). Where that is not enough
-    for the model's own logits, because its head reads more than one token, the texts themselves are returned.
-    """
+    for the model's own logits, because its head reads more than one token, the texts themselves are returned."""
     model = trainer.model.eval()
     pass_stored_outputs_on(model.base_model)
 

@@ -14,10 +14,8 @@ OFFLINE = (
 
 def check_hub(name: str, revision: str | None, kind: str) -> None:
     """Raise UserError where the Hub says that it does not have `name` at `revision`, or not for this user.
-
     Where the Hub does not answer within 10 seconds, loading takes the cache alone from here on: by itself it would
-    try for half a minute before it says that there is no network. kind: "model" or "dataset".
-    """
+    try for half a minute before it says that there is no network. kind: "model" or "dataset"."""
     token = "" if huggingface_hub.get_token() else "; no token was found"
     log_in = f"log in with `hf auth login` or set HF_TOKEN{token}"
     reasons = {

@@ -14,9 +14,7 @@ from common.hub import OFFLINE, check_hub
 
 def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrainedTokenizerBase:
     """The backbone's tokenizer, with a padding token. It truncates long texts at the start.
-
-    Raises UserError where the backbone cannot be found or used, or takes fewer than `max_length` tokens.
-    """
+    Raises UserError where the backbone cannot be found or used, or takes fewer than `max_length` tokens."""
     folder = Path(name) if Path(name).is_dir() else None
     if not folder:
         check_hub(name, revision, "model")

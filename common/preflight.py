@@ -35,9 +35,7 @@ def preflight(config, trainer: Trainer, new: list[str]) -> None:
 
 def check_trainable(model: nn.Module, new: list[str]) -> None:
     """Raise UserError where a newly initialised weight is frozen or quantized, or one would train in few bits.
-
-    new: names of the newly initialised weights, in the model as loaded.
-    """
+    new: names of the newly initialised weights, in the model as loaded."""
     # PEFT trains a copy of a saved module: "classifier.weight" is in "...classifier.modules_to_save.default.weight".
     weights = {
         name.replace("modules_to_save.default.", "").removeprefix("base_model.model."): weight

@@ -36,7 +36,7 @@ PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft
 def open_seed(method: str, config, seed: int, fingerprint: str) -> tuple[Path, dict | None]:
     """Folder of this seed's checkpoints and model, and its record if an earlier run finished it and `--resume` is on.
 
-    fingerprint: of the reviews. The measuring of peak memory starts here.
+    fingerprint: of the reviews. Measuring of peak memory starts here.
     Raises UserError where the run to resume was of another method, had other flags or other reviews.
     """
     gc.collect()  # the model and the trainer of the seed before hold on to each other, and to memory
@@ -54,10 +54,8 @@ def open_seed(method: str, config, seed: int, fingerprint: str) -> tuple[Path, d
 
 
 def clear_seed(method: str, config, folder: Path, fingerprint: str) -> None:
-    """Make `folder` ready for training: unless it is resumed, what an earlier run left there is removed.
-
-    Not before everything else has been checked, so that a mistake costs no trained model.
-    """
+    """Make `folder` ready for training: unless it is resumed, what an earlier run left there is removed. To be called
+    when everything else has been checked, so that a mistake costs no trained model."""
     state = PartialState()
     if state.is_main_process and not (config.resume and (folder / "flags.json").exists()):
         shutil.rmtree(folder, ignore_errors=True)
@@ -81,9 +79,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def run_record(trainer: Trainer, validation, test, untrained_test, started: float) -> dict:
     """One seed's entry of `runs`, also left as run.json for `--resume`, with the chosen model's logits beside it.
-
-    validation, test, untrained_test: EvalPredictions. started: time.perf_counter() at the start.
-    """
+    validation, test, untrained_test: EvalPredictions. started: time.perf_counter() at the start."""
     kept = ("train_accuracy", "validation_accuracy", "validation_f1", "validation_loss", "train_loss")
     epochs, seconds = {}, 0.0
     for entry in trainer.state.log_history:
@@ -130,11 +126,8 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
 
 
 def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
-    """Write results.json, draw the charts, print what came out; returns the record.
-
-    They go beside the script in `folder` after a full run, else under `--output_dir`: a partial run never replaces
-    a published chart.
-    """
+    """Write results.json, draw the charts, print what came out; returns the record. The files go beside the script in
+    `folder` after a full run, else under `--output_dir`: a partial run never replaces a published chart."""
     output_dir = Path(config.output_dir)
     partial = config.demo or config.max_train_samples or config.max_test_samples
     place = output_dir if partial or output_dir != (folder / "runs").resolve() else folder

@@ -16,9 +16,7 @@ ATTENTION, COMPILED_ATTENTION = "sequences_in_a_row", "always_masked"  # names o
 
 def speed_up(model: PreTrainedModel, torch_compile: bool = False) -> None:
     """Let encoders' padded batches go through flash attention, and frozen LayerNorms compute in their own type.
-
-    torch_compile: compile every Transformer block too, each in place and for all widths, when it first runs.
-    """
+    torch_compile: compile every Transformer block too, each in place and for all widths, when it first runs."""
     AttentionInterface.register(ATTENTION, flash_attention)
     AttentionMaskInterface.register(ATTENTION, mask_of_texts)
     AttentionInterface.register(COMPILED_ATTENTION, sdpa_attention_forward)
@@ -43,10 +41,8 @@ class LayerNormOutsideAutocast(nn.LayerNorm):
 
 def mask_of_texts(*args, mask_function=None, attention_mask=None, **kwargs) -> torch.Tensor | None:
     """transformers' mask for attention; of an encoder's padded batch it knows besides where the texts begin and end.
-
     attention_mask: (rows, width), each row's text in one piece. An encoder needs no mask for every pair of tokens;
-    transformers makes one, and asks the device in every step whether there is any padding at all.
-    """
+    transformers makes one, and asks the device in every step whether there is any padding at all."""
     if mask_function is not bidirectional_mask_function or attention_mask is None or attention_mask.ndim != 2:
         return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
     mask = attention_mask.bool()[:, None, None, :]
@@ -63,9 +59,7 @@ def mask_of_pairs(*args, **kwargs) -> torch.Tensor:
 
 def sequence_ends(attention_mask: torch.Tensor) -> torch.Tensor:
     """Where sequences end if rows stand one after another, each as three: padding, text, padding; any may be empty.
-
-    attention_mask: (rows, width). Returns (1 + 3 * rows,), from 0 to rows * width.
-    """
+    attention_mask: (rows, width). Returns (1 + 3 * rows,), from 0 to rows * width."""
     rows, width = attention_mask.shape
     starts = torch.arange(0, rows * width, width, device=attention_mask.device)
     first = starts + attention_mask.int().argmax(1)
@@ -75,10 +69,8 @@ def sequence_ends(attention_mask: torch.Tensor) -> torch.Tensor:
 
 def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """transformers' attention by PyTorch, but padded batches go through flash attention too, where the GPU has it.
-
     Flash attention takes no mask, so PyTorch would choose a slower kernel. It takes sequences of any length, though,
-    and padding can be such a sequence. query, key, value: (rows, heads, width, size).
-    """
+    and padding can be such a sequence. query, key, value: (rows, heads, width, size)."""
     ends = getattr(attention_mask, "sequence_ends", None)
     rows, heads, width, size = query.shape
     fits = ends is not None and size % 8 == 0 and kwargs.get("position_bias") is None

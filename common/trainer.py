@@ -1,10 +1,9 @@
 """Trainer, fed with padded batches that already are on the device.
 
 A small backbone trains faster on a GPU than loader processes can collate and copy batches: here the tokens of all
-reviews stay on the device, and a batch is cut out of them there, without waiting for the host.
-
-Measured on one H200 (all-MiniLM-L6-v2, LoRA, batch 128): 1.4 times the speed of Trainer's own batches of similar
-length from 8 processes. That PEFT casts no inputs is worth 8% of the memory.
+reviews stay on the device, and a batch is cut out of them there, without waiting for the host. Measured on one H200
+(all-MiniLM-L6-v2, LoRA, batch 128): 1.4 times the speed of Trainer's own batches of similar length from 8 processes.
+That PEFT casts no inputs is worth 8% of the memory.
 """
 
 import math
@@ -30,10 +29,8 @@ from common.metrics import peak_memory, synchronize
 
 class ReviewTensors(Dataset):
     """Tokenised reviews on `device`; a list of rows gives one padded batch, with no copy from the host's memory.
-
     reviews: columns `input_ids` (lists of tokens), `labels` (int). A batch has `input_ids` of shape (rows, width),
-    `labels` of shape (rows,), and where a row is padded `attention_mask` of shape (rows, width).
-    """
+    `labels` of shape (rows,), and where a row is padded `attention_mask` of shape (rows, width)."""
 
     def __init__(self, reviews: datasets.Dataset, pad_token_id: int, device: torch.device):
         columns = reviews.with_format("arrow")[:]
@@ -101,9 +98,7 @@ def longest_first(lengths: np.ndarray, size: int) -> BatchSampler:
 
 class EpochProgress(ProgressCallback):
     """Progress bars, a line after every evaluation, and in the log history each epoch's seconds of training alone.
-
-    Of more than ten epochs not every one is evaluated and saved: ten at most, evenly spaced, the last among them.
-    """
+    Of more than ten epochs ten at most are evaluated and saved, evenly spaced, the last among them."""
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         synchronize()
@@ -125,7 +120,6 @@ class ReviewTrainer(Trainer):
     """Trainer for tokenised reviews: data sets with columns `input_ids` and `labels`, or a `Subset` of one.
 
     A step that runs out of GPU memory is tried again in halves; the update stays that of its whole batch.
-
     learning_rates: peak of the schedule for the parameters of the modules named; for all others that of `args`.
     run_once: called once with this trainer and each data set's `ReviewTensors`, it returns what every epoch reads in
     their place (see `common/frozen.py`). None: every epoch runs the whole model.
