@@ -36,7 +36,7 @@ PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft
 def open_seed(method: str, config, seed: int, fingerprint: str) -> tuple[Path, dict | None]:
     """Folder of this seed's checkpoints and model, and its record if an earlier run finished it and `--resume` is on.
 
-    fingerprint: of the reviews. Measuring of peak memory starts here.
+    fingerprint: of the reviews. The measuring of peak memory starts here.
     Raises UserError where the run to resume was of another method, had other flags or other reviews.
     """
     gc.collect()  # the model and the trainer of the seed before hold on to each other, and to memory
@@ -89,7 +89,7 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
             epochs.setdefault(number, {"epoch": number, "seconds": seconds}).update(scores)  # since the one before
             seconds = 0.0
     epochs = list(epochs.values())
-    candidates = epochs[1:] if trainer.args.load_best_model_at_end else epochs[-1:]
+    candidates = epochs[1:] if trainer.args.load_best_model_at_end else epochs[-1:]  # epoch 0 is none
     best = max(candidates, key=lambda epoch: (epoch["validation_accuracy"], -epoch["validation_loss"]))  # as Trainer's
     train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
     folder = Path(trainer.args.output_dir)
