@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from queue import Queue
 from tempfile import TemporaryDirectory
+from threading import Lock
 from unittest.mock import patch
 
 import torch
@@ -94,7 +95,7 @@ MEASURED = (
     *("trainable_parameters", "peak_memory_bytes", "peak_phase", "memory_bytes", "first_epoch_seconds"),
     *("reviews_per_second", "operations_per_second"),
 )
-GPUS = Queue()  # those that no run has
+GPUS, STARTING = Queue(), Lock()  # the GPUs that no process has; held while one starts
 CARDS = {8: "RTX 4060", 16: "T4", 24: "RTX 4090", 48: "L40S", 80: "H100", 141: "H200"}  # GB
 
 
@@ -203,9 +204,8 @@ def counted_operations(config: PretrainedConfig, parameters_in_blocks: int, leng
     return 4 * parameters_in_blocks * length + (6 if is_decoder(config) else 12) * pairs
 
 
-def matrix_speed(size: int, gpu: str) -> float:
+def matrix_speed(size: int) -> float:
     """Floating-point operations per second of this GPU in products of large matrices in 16 bits."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     left, right = torch.randn(2, size, size, device=PartialState().device, dtype=torch.bfloat16)
     for count in (3, 20):  # the first ones warm up
         synchronize()
@@ -247,9 +247,8 @@ def train_once(job: dict, folder: Path) -> dict:
     }
 
 
-def measure(jobs: list[dict], gpu: str) -> list[dict]:
-    """The rows of runs of the same backbone and method, in a process that has not used a GPU yet."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+def measure(jobs: list[dict]) -> list[dict]:
+    """The rows of runs of the same backbone and method."""
     be_quiet()
     backbone, config = jobs[0]["backbone"], shape(jobs[0]["backbone"])
     rows = [settings | parameters_of(config) | dict.fromkeys(MEASURED) for settings in jobs]
@@ -274,11 +273,13 @@ def measure(jobs: list[dict], gpu: str) -> list[dict]:
 
 
 def alone(work: Callable, *args) -> object:
-    """What `work(*args, gpu)` returns in a process of its own, on a GPU that no other has."""
+    """What `work(*args)` returns in a process of its own, which sees a GPU that no other has."""
     gpu = GPUS.get()
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(work, *args, gpu).result()
+            with STARTING, patch.dict(os.environ, CUDA_VISIBLE_DEVICES=gpu):  # the process inherits it
+                result = pool.submit(work, *args)
+            return result.result()
     finally:
         GPUS.put(gpu)
 

@@ -60,7 +60,7 @@ def without(trick: str, method: ModuleType) -> contextlib.AbstractContextManager
         with patch.multiple(method, ReviewTrainer=StockFeeding, TrainingArguments=arguments):
             yield
 
-    def plain_attention(model):
+    def plain_attention(model, *_):
         speed_up(model)
         model.set_attn_implementation("sdpa")
 
