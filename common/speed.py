@@ -21,8 +21,8 @@ def speed_up(model: PreTrainedModel, torch_compile: bool = False) -> None:
     AttentionMaskInterface.register(ATTENTION, mask_of_texts)
     AttentionInterface.register(COMPILED_ATTENTION, sdpa_attention_forward)
     AttentionMaskInterface.register(COMPILED_ATTENTION, mask_of_pairs)
-    # Without effect on architectures with an attention of their own
-    model.set_attn_implementation(COMPILED_ATTENTION if torch_compile else ATTENTION)
+    if model.config._attn_implementation == "sdpa":  # others cannot do without their own
+        model.set_attn_implementation(COMPILED_ATTENTION if torch_compile else ATTENTION)
     for part in model.modules():
         if type(part) is nn.LayerNorm and not part.weight.requires_grad and part.weight.dtype != torch.float32:
             part.__class__ = LayerNormOutsideAutocast
