@@ -36,6 +36,8 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     """
     logging.set_verbosity_error()  # the preflight says what matters of their reports on loading
     torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, and costs 8% of the speed
+    if not torch.accelerator.is_available():  # unless told, several processes on CPUs do not look for each other
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # the first one decides for the process
     about = sys.modules[config_class.__module__].__doc__
     parser = HfArgumentParser(config_class, description=about, allow_abbrev=False)

@@ -32,6 +32,7 @@ import torch
 from accelerate import PartialState, init_empty_weights
 from datasets import Dataset, DatasetDict
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -254,7 +255,8 @@ def measure(jobs: list[dict]) -> list[dict]:
     rows = [settings | parameters_of(config) | dict.fromkeys(MEASURED) for settings in jobs]
     for row in rows:
         row["formula_bytes"] = expected_bytes(config, row) if row["method"] in WITH_LORA else None
-    rows.sort(key=lambda row: row["formula_bytes"] or 0)
+    # Last what takes more than what is before it: it may be out of memory, or leave something behind.
+    rows.sort(key=lambda row: (row["optim"] != USUAL["optim"], row["formula_bytes"] or 0))
     with TemporaryDirectory() as name, contextlib.suppress(torch.OutOfMemoryError):
         folder = Path(name)
         build_demo(folder)
@@ -289,35 +291,50 @@ def key(row: dict) -> tuple:
     return tuple(row[name] for name in job("", "", 0, False))
 
 
-def memory_figure(rows: list[dict], batch: int, demo: bool = False) -> Figure:
-    """Peak memory and speed against the number of parameters, for LoRA and QLoRA; the cards that have the memory, with
-    the largest backbone that fits."""
-    figure = page(f"What fits, and how fast? {batch} texts of {LENGTH} tokens at a time", (10.4, 8.4), demo)
+def usual(rows: list[dict], method: str, checkpointing: bool) -> list[dict]:
+    """The measured rows of LoRA or QLoRA with the smallest batch and the usual settings, smallest backbone first."""
+    settings = job("", method, BATCHES[0], checkpointing)
+    names = set(settings) - {"backbone", "max_length"}
+    found = [row for row in rows if row["peak_memory_bytes"] and all(row[name] == settings[name] for name in names)]
+    return sorted(found, key=lambda row: row["parameters"])
+
+
+def largest(rows: list[dict], gigabytes: int) -> list[str]:
+    """The largest backbone that LoRA trains in so much memory, with checkpointing, and the largest for QLoRA."""
+    fitting = [
+        [row["backbone"] for row in usual(rows, method, True) if row["peak_memory_bytes"] <= gigabytes * 1e9]
+        for method in WITH_LORA
+    ]
+    return [names[-1] if names else "none" for names in fitting]
+
+
+def memory_figure(rows: list[dict], demo: bool = False) -> Figure:
+    """Peak memory and speed against the number of parameters, for LoRA and QLoRA with the smallest batch; GPUs by
+    their memory, with the largest backbones that fit."""
+    figure = page(f"What fits, and how fast? {BATCHES[0]} texts of {LENGTH} tokens at a time", (10.4, 8.4), demo)
     above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    usual = {"batch": batch, "optim": USUAL["optim"], "torch_compile": False}
-    rows = [row for row in rows if row["peak_memory_bytes"] and all(row[name] == usual[name] for name in usual)]
-    fitting = {gigabytes: [] for gigabytes in CARDS}
-    for method, colour, marker in (("PEFT_LORA", BLUE, "o"), ("PEFT_QLORA", RED, "D")):
-        for checkpointing, line in ((False, "--"), (True, "-")):
-            found = [row for row in rows if row["method"] == method and row["gradient_checkpointing"] == checkpointing]
-            found.sort(key=lambda row: row["parameters"])
-            label = f"{method}{', checkpointing' * checkpointing}"
-            for axes, name, unit in ((above, "peak_memory_bytes", 1e9), (below, "reviews_per_second", 1)):
-                values = [row[name] / unit for row in found]
-                axes.plot(
-                    [row["parameters"] for row in found], values, line, color=colour, marker=marker, ms=5, label=label
-                )
-            for gigabytes in CARDS if checkpointing else ():
-                fits = [row["backbone"] for row in found if row["peak_memory_bytes"] <= gigabytes * 1e9]
-                fitting[gigabytes].append(f"{method.removeprefix('PEFT_')} {fits[-1] if fits else 'none'}")
+    looks = itertools.product(zip(WITH_LORA, (BLUE, RED), "oD", strict=True), ((False, "--"), (True, "-")))
+    for (method, colour, marker), (checkpointing, line) in looks:
+        found = usual(rows, method, checkpointing)
+        look = {"color": colour, "marker": marker, "ms": 5, "label": f"{method}{', checkpointing' * checkpointing}"}
+        sizes = [row["parameters"] for row in found]
+        above.plot(sizes, [row["peak_memory_bytes"] / 1e9 for row in found], line, **look)
+        below.plot(sizes, [row["reviews_per_second"] for row in found], line, **look)
     for gigabytes, card in CARDS.items():
         above.axhline(gigabytes, color=GREY, lw=0.8, ls=":")
-        text = f"{gigabytes} GB ({card}): {', '.join(fitting[gigabytes])}"
+        lora, qlora = largest(rows, gigabytes)
+        text = f"{gigabytes} GB ({card}): LoRA {lora}, QLoRA {qlora}"
         above.annotate(text, (1.01, gigabytes), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     for axes in (above, below):
         style(axes, grid="y")
-    above.set(xscale="log", yscale="log", ylabel="peak memory (GB)")
-    below.set(yscale="log", ylabel="training (reviews/s)", xlabel="parameters of the backbone")
+        axes.set(xscale="log", yscale="log")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter=ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    above.set_ylabel("peak memory (GB)")
+    below.set(ylabel="training (reviews/s)", xlabel="backbone, by its parameters")
+    names = {row["parameters"]: row["backbone"] for row in rows}
+    below.set_xticks([*names], names.values(), rotation=40, ha="right", minor=False)
+    below.xaxis.set_minor_locator(NullLocator())
     above.legend(frameon=False, fontsize=9)
     return figure
 
@@ -359,7 +376,7 @@ def main(argv: list[str] | None = None) -> dict:
             write_json(record, path)
             print(*result.result(), sep="\n", flush=True)
     save(
-        memory_figure(rows, BATCHES[0], args.demo),
+        memory_figure(rows, args.demo),
         (path if args.demo else ROOT / "PEFT_QLORA" / path.name).with_suffix(".png"),
         rows,
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from common.record import ROOT, spread, summarize
 from common.study.comparison import draw_comparison
 from common.study.labels import BAG, EVERYTHING, FULL
+from common.study.memory_by_size import BATCHES, CARDS, SHAPES, WITH_LORA, job, key, largest
 from common.study.predictions import compare, right_answers
 from common.study.tricks import ALL, TRICKS, worth
 
@@ -415,6 +416,50 @@ def whole_command(root: Path, _: list[str]) -> str:
     return text or UNMEASURED
 
 
+def memory_cell(row: dict) -> str:
+    """Gigabytes, and in brackets those of the formula."""
+    peak, formula = row["peak_memory_bytes"], row["formula_bytes"]
+    return (f"{peak / 1e9:.1f}" if peak else "out of memory") + (f" ({formula / 1e9:.1f})" if formula else "")
+
+
+def speed_cell(row: dict) -> str:
+    """Reviews per second, and in brackets the share of the GPU's matrix speed."""
+    speed, share = row["reviews_per_second"], row["matrix_share"]
+    return (f"{speed:,.1f}" if speed else "") + (f" ({share:.0%})" if share else "")
+
+
+def memory_by_size(folder: Path, words: list[str]) -> str:
+    """A table of common/study/memory_by_size.json: `cards`; `sizes` with a batch; or what a flag changes, by name."""
+    root = folder if (folder / "common").exists() else folder.parent
+    record, (kind, *batch) = read(root / "common" / "study" / "memory_by_size.json"), words
+    if not record:
+        return UNMEASURED
+    for row in record["rows"]:
+        operations = row["operations_per_second"]
+        row["matrix_share"] = operations and operations / record["matrix_operations_per_second"]
+    rows = {key(row): row for row in record["rows"]}
+    if kind == "cards":
+        lines = [[f"{card}, {size} GB", *largest(record["rows"], size)] for size, card in CARDS.items()]
+        return f"{source(record)} On {record['environment']['gpu']}.\n\n{table(['GPU', *WITH_LORA], lines)}"
+    if kind == "sizes":
+        ways = [(method, int(batch[0]), on) for method in WITH_LORA for on in (False, True)]
+        titles = [f"{method}{', checkpointing' * on}" for method, _, on in ways]
+        lines = {name: [rows.get(key(job(name, *way))) for way in ways] for name in SHAPES}
+        return "\n".join(
+            table(
+                [title, *titles], [[name, *(cell(row) if row else "" for row in line)] for name, line in lines.items()]
+            )
+            for title, cell in (("peak memory (GB)", memory_cell), ("reviews/s", speed_cell))
+        )
+    usual, lines = job("", "", 0, False)[kind], []
+    for row in record["rows"]:
+        plain = rows.get(key(row | {kind: usual}))
+        if plain and row[kind] != usual and (row["batch"] not in BATCHES or row["backbone"] == "llama-7.5b"):
+            cells = [cell(found) for cell in (memory_cell, speed_cell) for found in (plain, row)]
+            lines.append([row["backbone"], row["method"], row["batch"], row[kind] if usual else "on", *cells])
+    return table(f"backbone,method,batch,{kind},GB without,GB with,reviews/s without,reviews/s with", lines)
+
+
 BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
     block.__name__: block
     for block in (
@@ -433,6 +478,7 @@ BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
         benchmark,
         tricks,
         whole_command,
+        memory_by_size,
     )
 }
 

@@ -1,0 +1,143 @@
+"""Memory by size: random weights in 4 bits where the method wants them, out of memory as a row, the formula."""
+
+import json
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification
+
+from common.study import memory_by_size as study
+from common.study import report
+from common.study.scripts import script
+
+LABELS = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}, "pad_token_id": 0}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The study of one tiny decoder, in this process; records under a folder of its own."""
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(study, "TINY", {"tiny-llama": study.TINY["tiny-llama"]})
+    monkeypatch.setattr(study, "BATCHES", (2, 3))
+    monkeypatch.setattr(study, "be_quiet", lambda: None)
+    monkeypatch.setattr(study, "alone", lambda work, *args: work(*args))
+    return tmp_path / "runs"
+
+
+def test_the_demo_runs_the_scripts_on_random_weights(small):
+    record = study.main(["--demo"])
+    assert json.loads((small / "memory_by_size.json").read_text())["rows"] == record["rows"]
+    ways = {(row["method"], row["gradient_checkpointing"], row["batch"]) for row in record["rows"]}
+    assert len(ways) == len(record["rows"]) == 8 and record["matrix_operations_per_second"] > 0
+    for row in record["rows"]:
+        assert row["trainable_parameters"] == 2 * 16 * (3 * 64 + 32) + 2 * 64
+        assert row["parameters"] == study.parameters_of(study.TINY["tiny-llama"])["parameters"]
+        assert sum(row["memory_bytes"].values()) == row["peak_memory_bytes"] > row["formula_bytes"]
+        assert row["peak_phase"] in ("loading", "training", "evaluation")
+        assert row["operations_per_second"] > row["reviews_per_second"] > 0
+    assert Image.open(small / "memory_by_size.png").size[0] > 1000
+
+
+def test_out_of_memory_is_a_row_and_so_is_what_needs_more(small, monkeypatch):
+    tried, train = [], study.train_once
+
+    def limited(row, folder):
+        tried.append((row["batch"], row["gradient_checkpointing"]))
+        if len(tried) > 1:
+            raise torch.OutOfMemoryError
+        return train(row, folder)
+
+    monkeypatch.setattr(study, "train_once", limited)
+    rows = study.measure([study.job("tiny-llama", "PEFT_LORA", batch, on) for batch in (3, 2) for on in (False, True)])
+    assert tried == [(2, True), (3, True)] and len(rows) == 4
+    assert [row["peak_memory_bytes"] is not None for row in rows] == [True, False, False, False]
+    assert all(row["formula_bytes"] for row in rows)
+
+
+@pytest.mark.parametrize("name", ["PEFT_LORA", "PEFT_QLORA"])
+def test_random_weights_are_quantized_in_the_blocks_alone(name, tmp_path, monkeypatch):
+    method = script(name)
+    monkeypatch.setattr(method, "AutoModelForSequenceClassification", study.RandomWeights)
+    study.TINY["tiny-llama"].save_pretrained(tmp_path / "tiny-llama")
+    model, new, _ = method.build_model(method.Config(model=str(tmp_path / "tiny-llama"), model_revision=None), LABELS)
+    quantized = [key for key, part in model.named_modules() if isinstance(part, Linear4bit)]
+    assert len(quantized) == (14 if name == "PEFT_QLORA" else 0) and all(".layers." in key for key in quantized)
+    assert new == ["score.weight"] and not any(weight.is_meta for weight in [*model.parameters(), *model.buffers()])
+    assert model(torch.arange(5, 9)[None]).logits.isfinite().all()
+
+
+def test_a_row_that_is_there_is_not_measured_again(small, monkeypatch):
+    monkeypatch.setattr(study, "measure", lambda jobs: pytest.fail("measured again"))
+    monkeypatch.setattr(study, "matrix_speed", lambda size: 1.0)
+    monkeypatch.setattr(study, "ROOT", small)
+    (small / "PEFT_QLORA").mkdir(parents=True)
+    known = [study.job("llama-70b", "PEFT_LORA", batch, on) for batch in (2, 3) for on in (False, True)]
+    measured = {"parameters": 1, "peak_memory_bytes": 1e9, "reviews_per_second": 1.0}
+    rows = [row | dict.fromkeys(study.MEASURED) | measured for row in known]
+    (small.parent / "memory_by_size.json").write_text(json.dumps({"rows": rows}))
+    record = study.main(["--backbones", "llama-70b", "--methods", "PEFT_LORA"])
+    assert record["rows"] == rows
+
+
+def test_counted_operations_are_those_of_a_forward_pass_and_of_the_gradients_of_its_inputs():
+    config = study.TINY["tiny-bert"]
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.bert.encoder(torch.zeros(1, 32, 64))
+    matrices = 2 * 32 * study.parameters_of(config)["parameters_in_blocks"]
+    pairs = counter.get_total_flops() - matrices
+    assert pairs == config.num_hidden_layers * 4 * 32**2 * 64
+    counted = study.counted_operations(config, study.parameters_of(config)["parameters_in_blocks"], 32)
+    assert counted == 2 * matrices + 3 * pairs
+
+
+def test_the_formula_of_a_llama():
+    config = study.shape("llama-7.5b")
+    sizes = study.parameters_of(config)
+    assert sizes == {"parameters": 7_504_932_864, "parameters_in_blocks": 6_979_321_856}
+    found = {
+        (method, on): study.expected_bytes(config, study.job("llama-7.5b", method, 16, on) | sizes) / 1e9
+        for method in study.WITH_LORA
+        for on in (False, True)
+    }
+    weights = found["PEFT_LORA", True] - found["PEFT_QLORA", True]
+    assert weights == pytest.approx(6.979321856 * (2 - 4.127 / 8), rel=1e-6)
+    assert found["PEFT_LORA", False] - found["PEFT_LORA", True] == pytest.approx(
+        16 * 512 * (31 * (14 * 4096 + 4 * 1024 + 6 * 14336) - 32 * 2 * 4096) / 1e9, rel=1e-6
+    )
+
+
+def test_tables(tmp_path):
+    sizes = {"parameters": 7_504_932_864, "parameters_in_blocks": 6_979_321_856, "max_length": 512}
+    measured = {"peak_memory_bytes": 16.2e9, "formula_bytes": 16.0e9, "reviews_per_second": 12.0}
+    rows = [
+        study.job("llama-7.5b", "PEFT_LORA", 4, True) | sizes | measured | {"operations_per_second": 2e14},
+        study.job("llama-7.5b", "PEFT_LORA", 4, False)
+        | sizes
+        | dict.fromkeys(measured)
+        | {"formula_bytes": 99e9, "operations_per_second": None},
+        study.job("llama-7.5b", "PEFT_LORA", 4, True, optim="adamw_8bit")
+        | sizes
+        | measured
+        | {"peak_memory_bytes": 15e9, "operations_per_second": 1e14},
+    ]
+    (tmp_path / "common" / "study").mkdir(parents=True)
+    (tmp_path / "PEFT_QLORA").mkdir()
+    environment = {"gpu": "a GPU", "commit": "1234567890ab", "dirty": False}
+    record = {"command": "python x", "environment": environment, "matrix_operations_per_second": 8e14, "rows": rows}
+    assert report.memory_by_size(tmp_path, ["cards"]) == report.UNMEASURED
+    (tmp_path / "common" / "study" / "memory_by_size.json").write_text(json.dumps(record))
+    cards = report.memory_by_size(tmp_path, ["cards"])
+    assert "| T4, 16 GB | none | none |" in cards and "| RTX 4090, 24 GB | llama-7.5b | none |" in cards
+    table = report.memory_by_size(tmp_path / "PEFT_QLORA", ["sizes", "4"])
+    assert "| llama-7.5b | out of memory (99.0) | 16.2 (16.0) |  |  |" in table
+    assert "| llama-7.5b |  | 12.0 (25%) |  |  |" in table
+    change = report.memory_by_size(tmp_path, ["optim"])
+    assert (
+        "| llama-7.5b | PEFT_LORA | 4 | adamw_8bit | 16.2 (16.0) | 15.0 (16.0) | 12.0 (25%) | 12.0 (12%) |" in change
+    )
+    change = report.memory_by_size(tmp_path, ["gradient_checkpointing"])
+    assert "| llama-7.5b | PEFT_LORA | 4 | on | out of memory (99.0) | 16.2 (16.0) |  | 12.0 (25%) |" in change
