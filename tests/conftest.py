@@ -96,9 +96,11 @@ def build(method, folder: Path, seed: int = 0, **flags):
     return method.build_model(method.Config(model=str(folder), model_revision=None, **flags), labels)
 
 
-def make_trainer(method, folder: Path, output_dir: Path, tokens, torch_compile=False, **changes) -> ReviewTrainer:
-    """A trainer as in the scripts, with few and small steps."""
-    model, _, options = build(method, folder)
+def make_trainer(
+    method, folder: Path, output_dir: Path, tokens, torch_compile=False, flags: dict | None = None, **changes
+) -> ReviewTrainer:
+    """A trainer as in the scripts, with few and small steps. flags: for the model; changes: for TrainingArguments."""
+    model, _, options = build(method, folder, **flags or {})
     speed_up(model, torch_compile)
     settings = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "seed": 0}
     settings |= {"output_dir": str(output_dir), "report_to": "none", "save_strategy": "no", "logging_strategy": "no"}

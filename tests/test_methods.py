@@ -6,14 +6,28 @@ import gc
 import bitsandbytes
 import pytest
 import torch
-from conftest import ARCHITECTURES, DECODERS, build, import_method, make_trainer, watch_dtypes, write_random_backbone
+from conftest import (
+    ARCHITECTURES,
+    DECODERS,
+    SIZES,
+    build,
+    import_method,
+    make_trainer,
+    watch_dtypes,
+    write_random_backbone,
+)
 from peft import get_peft_model_state_dict
 from transformers import (
+    AlbertConfig,
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    Gemma2Config,
+    GPT2Config,
+    ModernBertConfig,
+    Phi3Config,
     XLMConfig,
     XLMForSequenceClassification,
 )
@@ -349,3 +363,34 @@ def test_a_target_that_is_not_there(backbones):
         UserError, match=r"--target_modules nonsense: no linear layer ends in it; all-linear alone, or .*query"
     ):
         build("PEFT_LORA", backbones["bert"], target_modules=["query", "nonsense"])
+
+
+@pytest.mark.parametrize("name", ["NEW_HEAD", "LAST_LAYER", "PEFT_LORA", "PEFT_QLORA"])
+@pytest.mark.parametrize(
+    ("config", "flags", "refused"),
+    [
+        (ModernBertConfig(**SIZES), {"target_modules": ["Wqkv"]}, None),
+        (Phi3Config(**SIZES), {"target_modules": ["qkv_proj"]}, None),
+        (GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128), {}, None),
+        (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16), {}, None),  # no attention but its own
+        (AlbertConfig(**SIZES, embedding_size=32), {}, "LAST_LAYER"),  # its blocks are one
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_less_common_architectures_train(config, flags, refused, name, backbones, tokens, tmp_path):
+    folder = write_random_backbone(tmp_path / "backbone", backbones["bert"], config)
+    flags = flags if "LORA" in name else {}
+    if name == refused:
+        with pytest.raises(UserError, match="no list of 2 Transformer blocks"):
+            build(name, folder, **flags)
+        return
+    trainer = make_trainer(name, folder, tmp_path / "run", tokens, flags=flags, max_steps=2)
+    trainer.train()
+    assert trainer.predict(tokens["test"]).predictions.shape == (len(tokens["test"]), 2)
+
+
+@pytest.mark.parametrize("name", ["PEFT_LORA", "PEFT_QLORA"])
+def test_where_query_and_value_are_one_the_message_says_what_to_pass(name, backbones, tmp_path):
+    folder = write_random_backbone(tmp_path, backbones["bert"], ModernBertConfig(**SIZES))
+    with pytest.raises(UserError, match=r"--target_modules must be given .* all-linear alone, or some of .*Wqkv"):
+        build(name, folder)

@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, import_method
+from conftest import METHODS, ROOT, import_method
 from safetensors.torch import load_file
 
 FLAGS = "--demo --epochs 1 --max_train_samples 300 --max_test_samples 60 --batch_size 16".split()
-BOTH = ("NEW_HEAD", "PEFT_LORA")  # one with stored outputs, one without
-RUN_BOTH = """
+RUN_ALL = """
 import importlib, sys
 import common.demo
 build_demo = common.demo.build_demo
@@ -24,20 +23,20 @@ for name in sys.argv[1].split():
 
 def test_two_processes_train_what_one_does(tmp_path):
     """In one start of the two processes, which takes longer than the runs. The demo's model has no dropout."""
-    script = tmp_path / "both.py"
-    script.write_text(RUN_BOTH)
+    script = tmp_path / "all.py"
+    script.write_text(RUN_ALL)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*start, script, " ".join(BOTH), tmp_path / "two", *FLAGS],
+        [*start, script, " ".join(METHODS), tmp_path / "two", *FLAGS],
         capture_output=True,
         text=True,
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "ACCELERATE_USE_CPU": "", "PYTHONPATH": str(ROOT)},  # they find out themselves
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("processes: 2") == 2  # only the main process prints, once for each method,
-    assert result.stdout.count("writes the demo") == 2  # and writes what both read
-    for name in BOTH:
+    assert result.stdout.count("processes: 2") == 4  # only the main process prints, once for each method,
+    assert result.stdout.count("writes the demo") == 4  # and writes what both read
+    for name in METHODS:
         import_method(name).main([*FLAGS, "--output_dir", str(tmp_path / "one" / name)])
         one, two = (
             json.loads((tmp_path / count / name / "results.json").read_text())["runs"][0] for count in ("one", "two")
@@ -45,8 +44,10 @@ def test_two_processes_train_what_one_does(tmp_path):
         for epoch, again in zip(one["epochs"], two["epochs"], strict=True):
             for loss in ("train_loss", "validation_loss"):
                 assert epoch[loss] == pytest.approx(again[loss], rel=1e-3), (name, epoch["epoch"])
+        assert (one["processes"], two["processes"]) == (1, 2)
         assert one["test"] == two["test"] | {"loss": pytest.approx(two["test"]["loss"], rel=1e-3)}
         saved = (next((tmp_path / count / name / "seed_0/model").glob("*.safetensors")) for count in ("one", "two"))
         weights, again = map(load_file, saved)
-        for key, weight in weights.items():
+        for key in (key for key in weights if not key.endswith("key.bias")):  # its gradients are rounding errors alone
+            weight = weights[key]
             torch.testing.assert_close(weight, again[key], rtol=1e-2, atol=1e-3, msg=f"{name}: {key}")
