@@ -25,7 +25,7 @@ sys.path.insert(0, str(FOLDER.parent))  # so that `common` is found wherever thi
 from common.cli import fit_to_size, parse_config, processes, run
 from common.data import ENOUGH_TO_CHOOSE, load_reviews, tokenize, training_sample
 from common.metrics import validation_scores
-from common.model import compute_dtype, label_config, load_tokenizer, trainable_state
+from common.model import compute_dtype, label_config, load_tokenizer, load_trainable_state, trainable_state
 from common.preflight import preflight
 from common.record import clear_seed, last_checkpoint, open_seed, publish, run_record
 from common.speed import speed_up
@@ -196,7 +196,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     model.config.save_pretrained(folder / "model")  # an adapter alone forgets its label names
     validation = trainer.predict(data["validation"])
     test = trainer.predict(data["test"])  # the first look at the test reviews: every choice is made
-    model.load_state_dict(untrained, strict=False)
+    load_trainable_state(model, untrained)
     untrained_test = trainer.predict(data["test"])
     return run_record(trainer, validation, test, untrained_test, started)
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
@@ -89,6 +91,14 @@ def missing_weights(loading: dict) -> list[str]:
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the weights that train, by name."""
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put the weights of `trainable_state` back, also into a model that FSDP has spread over processes."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # after a forward pass the outermost one still holds its weights whole
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
