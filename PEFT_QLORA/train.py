@@ -128,6 +128,7 @@ def build_model(config: Config, labels: dict) -> tuple:
         bnb_4bit_quant_type="nf4",  # levels spaced for weights that are normally distributed
         bnb_4bit_use_double_quant=True,  # the scales of the blocks of weights are quantized too
         bnb_4bit_compute_dtype=compute_dtype(),  # fp32 unless set
+        bnb_4bit_quant_storage=compute_dtype(),  # what holds the bits: FSDP shards no integers
         llm_int8_skip_modules=head,  # also for 4 bits; by default the new head is quantized too
     )
     model, loading = AutoModelForSequenceClassification.from_pretrained(
