@@ -98,13 +98,13 @@ def build_model(config: Config, labels: dict) -> tuple:
     from functools import partial
 
     from common.frozen import store_outputs
-    from common.model import head_modules, missing_weights, switch_off_dropout
+    from common.model import head_modules, missing_weights, switch_off_dropout, weights_place
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         config.model,
         revision=config.model_revision,
         dtype=compute_dtype(),  # the frozen part computes in it; 32 bits would take twice the memory
-        device_map={"": PartialState().device},  # file by file to the GPU, never whole in the host's memory
+        device_map=weights_place(),  # straight to the GPU, never whole in the host's memory
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,

@@ -116,13 +116,13 @@ def build_model(config: Config, labels: dict) -> tuple:
     from peft import LoraConfig, get_peft_model
 
     from common.blocks import lora_targets
-    from common.model import head_modules, missing_weights
+    from common.model import head_modules, missing_weights, weights_place
 
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         config.model,
         revision=config.model_revision,
         dtype=compute_dtype(),  # the frozen part computes in it; 32 bits would take twice the memory
-        device_map={"": PartialState().device},  # file by file to the GPU, never whole in the host's memory
+        device_map=weights_place(),  # straight to the GPU, never whole in the host's memory
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,

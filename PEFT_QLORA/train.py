@@ -118,7 +118,7 @@ def build_model(config: Config, labels: dict) -> tuple:
     from transformers import AutoConfig, BitsAndBytesConfig
 
     from common.blocks import lora_targets
-    from common.model import head_modules, missing_weights
+    from common.model import head_modules, missing_weights, weights_place
 
     backbone = AutoConfig.from_pretrained(config.model, revision=config.model_revision)
     with torch.device("meta"):  # the structure alone, to find the head in before any weight is quantized
@@ -136,7 +136,7 @@ def build_model(config: Config, labels: dict) -> tuple:
         revision=config.model_revision,
         dtype=compute_dtype(),  # the frozen part computes in it; 32 bits would take twice the memory
         quantization_config=quantization,
-        device_map={"": PartialState().device},  # "auto" would put every process on the same GPUs
+        device_map=weights_place(),  # "auto" would put every process on the same GPUs
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,

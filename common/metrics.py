@@ -6,6 +6,7 @@ import psutil
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import EvalPrediction
 
 
@@ -69,7 +70,9 @@ def split_memory(model: nn.Module, optimizer: torch.optim.Optimizer, peak: int) 
     of all reviews, workspace."""
 
     def size(tensors) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
+        tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]  # FSDP's share
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     weights = [*model.parameters(), *model.buffers()]
     states = [weight.quant_state for weight in weights if getattr(weight, "quant_state", None) is not None]

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -63,6 +65,11 @@ def compute_dtype() -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def weights_place() -> dict | None:
+    """`device_map` for `from_pretrained`: this process's device, or the host's memory where FSDP will spread them."""
+    return None if parse_flag_from_env("ACCELERATE_USE_FSDP") else {"": PartialState().device}
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:

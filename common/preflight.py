@@ -6,14 +6,13 @@ from transformers import Trainer
 
 from common.cli import UserError
 from common.files import public_name
-from common.model import count_parameters
 
 
 def preflight(config, trainer: Trainer, new: list[str]) -> None:
     """Print what is about to be trained, on what and how. Raises UserError as `check_trainable` does."""
     model, args = trainer.model, trainer.args
     check_trainable(model, new)
-    trainable, total = count_parameters(model)
+    trainable, total = trainer.parameters
     frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point()}
     quantized = sum(hasattr(weight, "quant_state") for weight in model.parameters())
     truncated = trainer.train_dataset["truncated"][:]

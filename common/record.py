@@ -26,7 +26,6 @@ from transformers.utils import cached_file
 from common.cli import UserError
 from common.files import public_name, write_json
 from common.metrics import score, split_memory
-from common.model import count_parameters
 from common.plotting import DEMO, bar_figure, line_figure, save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +92,7 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
     best = max(candidates, key=lambda epoch: (epoch["validation_accuracy"], -epoch["validation_loss"]))  # as Trainer's
     train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
     folder = Path(trainer.args.output_dir)
-    trainable, total = count_parameters(trainer.model)
+    trainable, total = trainer.parameters
     peaks, reviews = gather_object([trainer.peaks]), trainer.train_dataset
     phases = {phase: max(peak[phase] for peak in peaks) for phase in peaks[0]}
     peak, tokens = max(phases.values()), trainer.tensors_of(reviews).input_ids

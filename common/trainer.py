@@ -25,6 +25,7 @@ from transformers.trainer_pt_utils import nested_concat
 
 from common.cli import UserError
 from common.metrics import peak_memory, synchronize
+from common.model import count_parameters
 
 
 class ReviewTensors(Dataset):
@@ -133,6 +134,7 @@ class ReviewTrainer(Trainer):
         self.learning_rates = learning_rates or {}
         self.rows_at_a_time = sys.maxsize  # as many as fit into memory
         self.peaks = {}  # bytes, by phase
+        self.parameters = count_parameters(self.model)  # before FSDP, whose 4-bit weights do not tell their number
         self.run_once, self.run_once_seconds = run_once, 0.0  # the seconds are those of the training reviews
         self.tensors, self.inputs = {}, {}  # by fingerprint of the data set
         for verbose in (ProgressCallback, PrinterCallback):  # Trainer adds one of them

@@ -10,9 +10,19 @@ import torch
 from conftest import METHODS, ROOT, import_method
 from safetensors.torch import load_file
 
+from common.study import processes
+
 FLAGS = "--demo --epochs 1 --max_train_samples 300 --max_test_samples 60 --batch_size 16".split()
 RUN_ALL = """
-import importlib, sys
+import importlib, os, sys
+if os.environ.get("ACCELERATE_USE_FSDP"):  # which accelerate does on GPUs alone
+    from accelerate.state import PartialState
+    plain = PartialState.__init__
+    def as_on_gpus(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        if self.distributed_type == "MULTI_CPU":
+            vars(self)["distributed_type"] = "MULTI_GPU"
+    PartialState.__init__ = as_on_gpus
 import common.demo
 build_demo = common.demo.build_demo
 common.demo.build_demo = lambda folder: print("writes the demo") or build_demo(folder)
@@ -33,7 +43,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         env={**os.environ, "ACCELERATE_USE_CPU": "", "PYTHONPATH": str(ROOT)},  # they find out themselves
         check=False,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("processes: 2") == 4  # only the main process prints, once for each method,
     assert result.stdout.count("writes the demo") == 4  # and writes what both read
     for name in METHODS:
@@ -50,4 +60,35 @@ def test_two_processes_train_what_one_does(tmp_path):
         weights, again = map(load_file, saved)
         for key in (key for key in weights if not key.endswith("key.bias")):  # its gradients are rounding errors alone
             weight = weights[key]
+            torch.testing.assert_close(weight, again[key], rtol=1e-2, atol=1e-3, msg=f"{name}: {key}")
+
+
+def test_fsdp_spreads_the_weights_and_trains_what_one_process_does(backbones, demo, tmp_path):
+    script, config, methods = tmp_path / "all.py", tmp_path / "fsdp.yaml", ("PEFT_LORA", "PEFT_QLORA")
+    script.write_text(RUN_ALL)
+    config.write_text(processes.FSDP + 'use_cpu: true\nmixed_precision: "no"\n')
+    flags = ["--model", str(backbones["llama"]), "--dataset", str(demo[1]), "--max_length", "48", *FLAGS[1:]]
+    flags += ["--gradient_accumulation_steps", "1", "--seeds", "0", "--gradient_checkpointing"]
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    result = subprocess.run(
+        [*start, script, " ".join(methods), tmp_path / "two", *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in methods:
+        import_method(name).main([*flags, "--output_dir", str(tmp_path / "one" / name)])
+        one, two = (
+            json.loads((tmp_path / count / name / "results.json").read_text())["runs"][0] for count in ("one", "two")
+        )
+        assert (one["processes"], two["processes"]) == (1, 2)
+        for epoch, again in zip(one["epochs"], two["epochs"], strict=True):
+            assert epoch["validation_loss"] == pytest.approx(again["validation_loss"], rel=1e-3), name
+        assert one["untrained_test"] == two["untrained_test"] and one["total_parameters"] == two["total_parameters"]
+        saved = (next((tmp_path / count / name / "seed_0/model").glob("*.safetensors")) for count in ("one", "two"))
+        weights, again = map(load_file, saved)
+        assert set(weights) == set(again)
+        for key, weight in weights.items():
             torch.testing.assert_close(weight, again[key], rtol=1e-2, atol=1e-3, msg=f"{name}: {key}")

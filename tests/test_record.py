@@ -108,6 +108,7 @@ def test_the_best_epoch_is_the_most_accurate_after_training_then_the_one_of_the_
         train_dataset=range(100),
         run_once_seconds=4.0,
         peaks={"loading": 5, "training": 90, "evaluation": 70},
+        parameters=(10, 10),
         padding_percent=lambda: 1.5,
         tensors_of=lambda reviews: SimpleNamespace(input_ids=torch.tensor([[7, 8]])),
         is_world_process_zero=lambda: True,
