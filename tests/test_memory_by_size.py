@@ -135,9 +135,29 @@ def test_tables(tmp_path):
     table = report.memory_by_size(tmp_path / "PEFT_QLORA", ["sizes", "4"])
     assert "| llama-7.5b | out of memory (99.0) | 16.2 (16.0) |  |  |" in table
     assert "| llama-7.5b |  | 12.0 (25%) |  |  |" in table
+    assert report.memory_by_size(tmp_path, ["ratio", "4"]).count("\n") == 2, "QLoRA was not measured"
     change = report.memory_by_size(tmp_path, ["optim"])
     assert (
         "| llama-7.5b | PEFT_LORA | 4 | adamw_8bit | 16.2 (16.0) | 15.0 (16.0) | 12.0 (25%) | 12.0 (12%) |" in change
     )
     change = report.memory_by_size(tmp_path, ["gradient_checkpointing"])
     assert "| llama-7.5b | PEFT_LORA | 4 | on | out of memory (99.0) | 16.2 (16.0) |  | 12.0 (25%) |" in change
+
+
+def test_sentences_on_what_takes_the_memory(tmp_path):
+    memory = {"weights": 15e9, "gradients": 3e7, "optimizer": 6e7, "rest": 39.51e9}
+    measured = {"trainable_parameters": 7_504_932, "peak_memory_bytes": 54.6e9, "reviews_per_second": 20.0}
+    row = study.job("llama-7.5b", "PEFT_LORA", 16, False) | measured | {"memory_bytes": memory}
+    row |= {"parameters": 7_504_932_864, "operations_per_second": None, "formula_bytes": 1e9}
+    checkpointing = row | {"gradient_checkpointing": True, "peak_memory_bytes": 20e9, "memory_bytes": {"rest": 4.2e9}}
+    qlora = checkpointing | {"method": "PEFT_QLORA", "peak_memory_bytes": 9e9, "memory_bytes": {"weights": 4.7e9}}
+    qlora["reviews_per_second"] = 18.0
+    (tmp_path / "common" / "study").mkdir(parents=True)
+    record = {"matrix_operations_per_second": 8e14, "rows": [row, checkpointing, qlora]}
+    (tmp_path / "common" / "study" / "memory_by_size.json").write_text(json.dumps(record))
+    assert report.memory_by_size(tmp_path, ["why"]) == (
+        "For llama-7.5b and 16 texts at a time LoRA trains 0.10% of the parameters. Of its peak of 54.6 GB, gradients "
+        "and optimizer are 0.09, the weights 15.0, the rest 39.5. With checkpointing the rest is 4.2. With QLoRA the "
+        "weights are 4.7.\n"
+    )
+    assert "| llama-7.5b | 0.45 | 0.90 |" in report.memory_by_size(tmp_path, ["ratio", "16"])

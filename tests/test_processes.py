@@ -92,3 +92,7 @@ def test_fsdp_spreads_the_weights_and_trains_what_one_process_does(backbones, de
         assert set(weights) == set(again)
         for key, weight in weights.items():
             torch.testing.assert_close(weight, again[key], rtol=1e-2, atol=1e-3, msg=f"{name}: {key}")
+
+
+def test_the_readme_shows_the_configuration_that_was_measured():
+    assert f"```yaml\n{processes.FSDP}```" in (ROOT / "README.md").read_text()

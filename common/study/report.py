@@ -440,7 +440,8 @@ def memory_by_size(folder: Path, words: list[str]) -> str:
     rows = {key(row): row for row in record["rows"]}
     if kind == "cards":
         lines = [[f"{card}, {size} GB", *largest(record["rows"], size)] for size, card in CARDS.items()]
-        return f"{source(record)} On {record['environment']['gpu']}.\n\n{table(['GPU', *WITH_LORA], lines)}"
+        chart = f"![memory and speed by size](PEFT_QLORA/memory_by_size.png)\n\n{source(record)}"
+        return f"{chart} On {record['environment']['gpu']}.\n\n{table(['GPU', *WITH_LORA], lines)}"
     if kind == "sizes":
         ways = [(method, int(batch[0]), on) for method in WITH_LORA for on in (False, True)]
         titles = [f"{method}{', checkpointing' * on}" for method, _, on in ways]
@@ -451,6 +452,27 @@ def memory_by_size(folder: Path, words: list[str]) -> str:
             )
             for title, cell in (("peak memory (GB)", memory_cell), ("reviews/s", speed_cell))
         )
+    if kind == "ratio":
+        lines = []
+        for name in SHAPES:
+            lora, qlora = (rows.get(key(job(name, method, int(batch[0]), True))) for method in WITH_LORA)
+            if lora and qlora and lora["peak_memory_bytes"]:
+                measures = ("peak_memory_bytes", "reviews_per_second")
+                lines.append([name, *(f"{qlora[measure] / lora[measure]:.2f}" for measure in measures)])
+        return table("QLoRA / LoRA,peak memory,reviews/s", lines)
+    if kind == "why":
+        lora, checkpointing = (rows[key(job("llama-7.5b", "PEFT_LORA", 16, on))] for on in (False, True))
+        qlora = rows[key(job("llama-7.5b", "PEFT_QLORA", 16, True))]
+        parts = {name: size / 1e9 for name, size in lora["memory_bytes"].items()}
+        trained = sum(size for name, size in parts.items() if name in ("gradients", "optimizer"))
+        share = lora["trainable_parameters"] / lora["parameters"]
+        return (
+            f"For llama-7.5b and 16 texts at a time LoRA trains {share:.2%} of the parameters. Of its peak of "
+            f"{lora['peak_memory_bytes'] / 1e9:.1f} GB, gradients and optimizer are {trained:.2f}, the weights "
+            f"{parts['weights']:.1f}, the rest {parts['rest']:.1f}. With checkpointing the rest is "
+            f"{checkpointing['memory_bytes']['rest'] / 1e9:.1f}. With QLoRA the weights are "
+            f"{qlora['memory_bytes']['weights'] / 1e9:.1f}.\n"
+        )
     usual, lines = job("", "", 0, False)[kind], []
     for row in record["rows"]:
         plain = rows.get(key(row | {kind: usual}))
@@ -458,6 +480,20 @@ def memory_by_size(folder: Path, words: list[str]) -> str:
             cells = [cell(found) for cell in (memory_cell, speed_cell) for found in (plain, row)]
             lines.append([row["backbone"], row["method"], row["batch"], row[kind] if usual else "on", *cells])
     return table(f"backbone,method,batch,{kind},GB without,GB with,reviews/s without,reviews/s with", lines)
+
+
+def processes(root: Path, _: list[str]) -> str:
+    """Speed and memory of one process and of two."""
+    record = read(root / "common" / "study" / "processes.json")
+    if not record:
+        return UNMEASURED
+    rows = [
+        [row["backbone"], row["method"], f"{row['launcher']}, {row['processes']}", *cells]
+        for row in record["rows"]
+        for cells in [(f"{row['reviews_per_second']:,.0f}", f"{row['peak_memory_bytes'] / 1e9:.2f}")]
+    ]
+    header = "backbone,method,GPUs,reviews/s,peak memory of a GPU (GB)"
+    return f"{source(record)} On {record['environment']['gpu']}.\n\n{table(header, rows)}"
 
 
 BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
@@ -479,6 +515,7 @@ BLOCKS: dict[str, Callable[[Path, list[str]], str]] = {
         tricks,
         whole_command,
         memory_by_size,
+        processes,
     )
 }
 
