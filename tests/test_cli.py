@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import PartialState
 from conftest import ROOT, import_method
 
@@ -349,6 +350,22 @@ def test_decoder_without_padding_token_gets_one(tmp_path, demo):
 def test_a_cpu_takes_smaller_steps(gpu, flags, steps, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: gpu)
     assert fit_to_size(parse(flags), 22_546).gradient_accumulation_steps == steps
+
+
+def test_a_gpu_that_is_too_small_ends_in_one_line():
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(SystemExit, match=r"error: the GPU's memory is too small; --gradient_checkpointing or a sho"):
+        run(main)
+
+
+def test_an_optimizer_is_one_of_those_named(capsys):
+    assert parse("--optim paged_adamw_8bit").optim == "paged_adamw_8bit"
+    with pytest.raises(SystemExit):
+        parse("--optim sgd")
+    said = capsys.readouterr().err
+    assert "argument --optim: invalid choice: 'sgd'" in said and "paged_adamw_8bit" in said
 
 
 # The number of reviews

@@ -140,6 +140,13 @@ def test_tables(tmp_path):
     assert (
         "| llama-7.5b | PEFT_LORA | 4 | adamw_8bit | 16.2 (16.0) | 15.0 (16.0) | 12.0 (25%) | 12.0 (12%) |" in change
     )
+    plain = study.job("bert-base", "PEFT_LORA", 128, False) | sizes | measured | {"operations_per_second": None}
+    plain |= {"reviews_per_second": 1000.0, "first_epoch_seconds": 1.0}
+    compiled = plain | {"torch_compile": True, "reviews_per_second": 1250.0, "first_epoch_seconds": 21.0}
+    record["rows"] += [plain, compiled]
+    (tmp_path / "common" / "study" / "memory_by_size.json").write_text(json.dumps(record))
+    change = report.memory_by_size(tmp_path, ["torch_compile"])
+    assert "| 1,000.0 | 1,250.0 | 20 | 100,000 |" in change
     change = report.memory_by_size(tmp_path, ["gradient_checkpointing"])
     assert "| llama-7.5b | PEFT_LORA | 4 | on | out of memory (99.0) | 16.2 (16.0) |  | 12.0 (25%) |" in change
 

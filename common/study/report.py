@@ -479,7 +479,13 @@ def memory_by_size(folder: Path, words: list[str]) -> str:
         if plain and row[kind] != usual and (row["batch"] not in BATCHES or row["backbone"] == "llama-7.5b"):
             cells = [cell(found) for cell in (memory_cell, speed_cell) for found in (plain, row)]
             lines.append([row["backbone"], row["method"], row["batch"], row[kind] if usual else "on", *cells])
-    return table(f"backbone,method,batch,{kind},GB without,GB with,reviews/s without,reviews/s with", lines)
+            if kind == "torch_compile":
+                speeds = [found["reviews_per_second"] for found in (plain, row)]
+                compiling = row["first_epoch_seconds"] - plain["first_epoch_seconds"]
+                gain = 1 / speeds[0] - 1 / speeds[1]  # seconds per review
+                lines[-1] += [f"{compiling:.0f}", f"{compiling / gain:,.0f}" if gain > 0 else "never"]
+    more = ",compiling (s),pays from (reviews)" if kind == "torch_compile" else ""
+    return table(f"backbone,method,batch,{kind},GB without,GB with,reviews/s without,reviews/s with{more}", lines)
 
 
 def processes(root: Path, _: list[str]) -> str:
