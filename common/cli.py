@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +91,7 @@ def processes() -> int:
 
 
 def _check(config, method: str) -> None:
-    """Raise UserError for the first field of `config` that is out of range, names a tracker that is not there, or an
+    """Raise UserError for the first field of `config` that is out of range, names what is not there, or an
     output folder that cannot be written to or has a seed's folder that is not this method's."""
     from transformers.integrations import get_available_reporting_integrations  # it imports every library it could use
 
@@ -106,6 +107,9 @@ def _check(config, method: str) -> None:
     trackers = ["none", "all", *get_available_reporting_integrations()]
     if config.report_to not in trackers:
         raise UserError(f"--report_to {config.report_to}: not known or not installed; at hand: {', '.join(trackers)}")
+    compilers = os.environ.get("CC", ""), "gcc", "clang", "cl"
+    if getattr(config, "torch_compile", False) and not any(map(shutil.which, compilers)):
+        raise UserError("--torch_compile: needs a C compiler such as gcc; there is none on the PATH")
     output_dir = Path(config.output_dir)
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

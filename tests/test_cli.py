@@ -360,6 +360,15 @@ def test_a_gpu_that_is_too_small_ends_in_one_line():
         run(main)
 
 
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", {"gcc": "/usr/bin/gcc"}.get)
+    assert parse("--torch_compile").torch_compile
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="--torch_compile: needs a C compiler such as gcc"):
+        parse("--torch_compile")
+    assert not parse().torch_compile
+
+
 def test_an_optimizer_is_one_of_those_named(capsys):
     assert parse("--optim paged_adamw_8bit").optim == "paged_adamw_8bit"
     with pytest.raises(SystemExit):
