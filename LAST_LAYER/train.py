@@ -25,7 +25,14 @@ sys.path.insert(0, str(FOLDER.parent))  # so that `common` is found wherever thi
 from common.cli import fit_to_size, parse_config, processes, run
 from common.data import ENOUGH_TO_CHOOSE, load_reviews, tokenize, training_sample
 from common.metrics import validation_scores
-from common.model import compute_dtype, label_config, load_tokenizer, load_trainable_state, trainable_state
+from common.model import (
+    checkpoint_blocks,
+    compute_dtype,
+    label_config,
+    load_tokenizer,
+    load_trainable_state,
+    trainable_state,
+)
 from common.preflight import preflight
 from common.record import clear_seed, last_checkpoint, open_seed, publish, run_record
 from common.speed import speed_up
@@ -103,7 +110,7 @@ def build_model(config: Config, labels: dict) -> tuple:
         config.model,
         revision=config.model_revision,
         dtype=compute_dtype(),  # the frozen part computes in it; 32 bits would take twice the memory
-        device_map=weights_place(),  # straight to the GPU, never whole in the host's memory
+        device_map=weights_place(),  # straight to the GPU
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head for other labels is made anew
         **labels,
@@ -126,8 +133,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     model, new, options = build_model(config, label_config(classes, tokenizer))
     speed_up(model, config.torch_compile)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # which only the reentrant kind needs
+        checkpoint_blocks(model)
     args = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
@@ -143,7 +149,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         fp16=compute_dtype() == torch.float16,
         eval_on_start=True,  # epoch 0 of the chart
         eval_strategy="epoch",
-        per_device_eval_batch_size=2 * config.batch_size // config.gradient_accumulation_steps,
+        per_device_eval_batch_size=2 * config.batch_size // config.gradient_accumulation_steps // processes(),
         save_strategy="epoch",
         save_total_limit=2,  # the best and the last
         load_best_model_at_end=len(data["validation"]) >= ENOUGH_TO_CHOOSE,  # else the last epoch stays

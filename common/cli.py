@@ -127,7 +127,8 @@ def run(main: Callable[[], object]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is too small; --gradient_checkpointing or a shorter --max_length takes less")
+        less = "--gradient_accumulation_steps, --gradient_checkpointing or a shorter --max_length"
+        sys.exit(f"error: out of GPU memory; {less} may help")
     except KeyboardInterrupt:
         print("\nInterrupted. The same command with --resume goes on after the last saved epoch.", file=sys.stderr)
         sys.exit(130)

@@ -62,10 +62,8 @@ def load_reviews(
 
 def in_validation(digests: list[bytes], labels: list[int]) -> np.ndarray:
     """Which training reviews are held out for validation, about a tenth; bool, (reviews,). digests: their SHA-256.
-
     The text alone decides: the order of rows does not matter, and all copies of a review are on the same side. Of a
-    class with 1,000 reviews one digest of ten is held out; of a smaller one the tenth with the lowest digests.
-    """
+    class with 1,000 reviews one digest of ten is held out; of a smaller one the tenth with the lowest digests."""
     numbers = np.array([int.from_bytes(digest[:8], "big") for digest in digests], dtype=np.uint64)
     held, labels = numbers % 10 == 0, np.asarray(labels)
     for label, size in zip(*np.unique(labels, return_counts=True), strict=True):

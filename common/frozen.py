@@ -1,13 +1,10 @@
 """A frozen backbone gives a text the same output in every epoch: compute it once, train the head on what is stored.
-
-Measured on one H200 (all-MiniLM-L6-v2, 5 epochs, the one pass included): 1.6 times the speed.
-"""
+Measured on one H200 (all-MiniLM-L6-v2, 5 epochs, the one pass included): 1.6 times the speed."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
@@ -59,8 +56,7 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
         whole, alone = (model(**source.__getitems__(few)).logits for source in (texts, stored([few])))
         if alone.shape != whole.shape or not torch.allclose(alone, whole, rtol=0.02, atol=0.01):
             return texts
-        largest = trainer.args.eval_batch_size
-        return find_executable_batch_size(lambda size: stored(list(longest_first(texts.lengths, size))), largest)()
+        return stored(list(longest_first(texts.lengths, trainer.args.eval_batch_size)))
 
 
 def pass_stored_outputs_on(backbone: PreTrainedModel) -> None:

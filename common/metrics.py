@@ -12,10 +12,8 @@ from transformers import EvalPrediction
 
 class ClassificationScores(evaluate.Metric):
     """Accuracy, precision, recall and F1 as fractions, and the confusion matrix (rows: true, columns: predicted).
-
     For two classes precision, recall and F1 are of class 1, the positive one; for more, their plain mean over the
-    classes (macro). Written as a local `evaluate.Metric` because `evaluate.load` needs a network.
-    """
+    classes (macro). Written as a local `evaluate.Metric` because `evaluate.load` needs a network."""
 
     def _info(self) -> evaluate.MetricInfo:
         labels = datasets.Value("int64")

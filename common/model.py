@@ -68,7 +68,8 @@ def compute_dtype() -> torch.dtype:
 
 
 def weights_place() -> dict | None:
-    """`device_map` for `from_pretrained`: this process's device, or the host's memory where FSDP will spread them."""
+    """`device_map` for `from_pretrained`: this process's device; None, the host's memory, where FSDP will spread them.
+    4-bit weights are always loaded to the device, whole."""
     return None if parse_flag_from_env("ACCELERATE_USE_FSDP") else {"": PartialState().device}
 
 
@@ -78,6 +79,14 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     prefix = model.base_model_prefix
     parts = {f"{prefix}.pooler": getattr(model.base_model, "pooler", None), **dict(model.named_children())}
     return [name for name, part in parts.items() if part and name != prefix and any(True for _ in part.parameters())]
+
+
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Gradient checkpointing. Raises UserError for an architecture that has none."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"--gradient_checkpointing: {model.config.model_type} cannot")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # which only the reentrant kind needs
 
 
 def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) -> None:

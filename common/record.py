@@ -34,10 +34,8 @@ PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft
 
 def open_seed(method: str, config, seed: int, fingerprint: str) -> tuple[Path, dict | None]:
     """Folder of this seed's checkpoints and model, and its record if an earlier run finished it and `--resume` is on.
-
     fingerprint: of the reviews. The measuring of peak memory starts here.
-    Raises UserError where the run to resume was of another method, had other flags or other reviews.
-    """
+    Raises UserError where the run to resume was of another method, had other flags or other reviews."""
     gc.collect()  # the model and the trainer of the seed before hold on to each other, and to memory
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

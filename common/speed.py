@@ -11,6 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from common.cli import UserError
+
 ATTENTION, COMPILED_ATTENTION = "sequences_in_a_row", "always_masked"  # names of their own: other models keep theirs
 
 
@@ -26,8 +28,12 @@ def speed_up(model: PreTrainedModel, torch_compile: bool = False) -> None:
     for part in model.modules():
         if type(part) is nn.LayerNorm and not part.weight.requires_grad and part.weight.dtype != torch.float32:
             part.__class__ = LayerNormOutsideAutocast
-        if torch_compile and isinstance(part, GradientCheckpointingLayer):  # transformers' blocks
-            part.compile(dynamic=True)
+    blocks = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]  # of transformers
+    model._no_split_modules = sorted({type(block).__name__ for block in blocks})  # FSDP's units: no embeddings
+    if torch_compile and not blocks:
+        raise UserError(f"--torch_compile: {model.config.model_type} has no blocks that can be told apart")
+    for block in blocks if torch_compile else ():
+        block.compile(dynamic=True)
 
 
 class LayerNormOutsideAutocast(nn.LayerNorm):

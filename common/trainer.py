@@ -58,11 +58,9 @@ class ReviewTensors(Dataset):
 
 class LengthGroupedBatches(Sampler):
     """Rows of every batch of an epoch: reviews of similar length together, in an order drawn from (seed, epoch).
-
     lengths: tokens per review. Every global batch, of at most `batch_size` reviews, is dealt out to `steps`
     accumulation steps and in each of them to `processes` processes; this one takes the share of `process`.
-    Raises UserError where there are too few reviews for every step to get one.
-    """
+    Raises UserError where there are too few reviews for every step to get one."""
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, steps=1, process=0, processes=1):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
@@ -119,12 +117,10 @@ class EpochProgress(ProgressCallback):
 
 class ReviewTrainer(Trainer):
     """Trainer for tokenised reviews: data sets with columns `input_ids` and `labels`, or a `Subset` of one.
-
     A step that runs out of GPU memory is tried again in halves; the update stays that of its whole batch.
     learning_rates: peak of the schedule for the parameters of the modules named; for all others that of `args`.
     run_once: called once with this trainer and each data set's `ReviewTensors`, it returns what every epoch reads in
-    their place (see `common/frozen.py`). None: every epoch runs the whole model.
-    """
+    their place (see `common/frozen.py`). None: every epoch runs the whole model."""
 
     def __init__(self, *, args, learning_rates: dict | None = None, run_once: Callable | None = None, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU; torchrun starts a process for each
@@ -132,8 +128,7 @@ class ReviewTrainer(Trainer):
         super().__init__(args=args, compute_loss_func=mean_cross_entropy, **kwargs)
         self.model.config.use_cache = False  # decoders would keep keys and values for texts to come
         self.learning_rates = learning_rates or {}
-        self.rows_at_a_time = sys.maxsize  # as many as fit into memory
-        self.peaks = {}  # bytes, by phase
+        self.rows_at_a_time, self.peaks = sys.maxsize, {}  # as many as fit into memory; bytes, by phase
         self.parameters = count_parameters(self.model)  # before FSDP, whose 4-bit weights do not tell their number
         self.run_once, self.run_once_seconds = run_once, 0.0  # the seconds are those of the training reviews
         self.tensors, self.inputs = {}, {}  # by fingerprint of the data set
@@ -173,7 +168,8 @@ class ReviewTrainer(Trainer):
         """What `step` gives for `inputs`, or where they do not fit into the GPU's memory for their halves, and so on:
         losses are shares of the whole batch's, and gradients add up. Not with several processes, which wait for each
         other's gradients: there the error ends the run."""
-        gradients = [(weight, weight.grad.clone()) for weight in self.model.parameters() if weight.grad is not None]
+        accumulated = [weight for weight in self.model.parameters() if weight.grad is not None]
+        gradients = [(weight, weight.grad.clone()) for weight in accumulated if self.args.world_size == 1]
         while True:
             size = min(len(inputs["labels"]), self.rows_at_a_time)
             parts = zip(*(value.split(size) for value in inputs.values()), strict=True)

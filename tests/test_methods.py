@@ -27,6 +27,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     ModernBertConfig,
+    MPNetConfig,
     Phi3Config,
     XLMConfig,
     XLMForSequenceClassification,
@@ -34,8 +35,9 @@ from transformers import (
 
 from common.blocks import transformer_blocks
 from common.cli import UserError
-from common.model import compute_dtype, count_parameters, trainable_state
+from common.model import checkpoint_blocks, compute_dtype, count_parameters, trainable_state
 from common.preflight import check_trainable
+from common.speed import speed_up
 
 HEADS = {
     "bert": ["bert.pooler", "classifier"],
@@ -395,3 +397,11 @@ def test_where_query_and_value_are_one_the_message_says_what_to_pass(name, backb
     folder = write_random_backbone(tmp_path, backbones["bert"], ModernBertConfig(**SIZES))
     with pytest.raises(UserError, match=r"--target_modules must be given .* all-linear alone, or some of .*Wqkv"):
         build(name, folder)
+
+
+def test_an_architecture_without_checkpointing_or_blocks_says_so(backbones, tmp_path):
+    model, *_ = build("PEFT_LORA", write_random_backbone(tmp_path, backbones["bert"], MPNetConfig(**SIZES)))
+    with pytest.raises(UserError, match="--gradient_checkpointing: mpnet cannot"):
+        checkpoint_blocks(model)
+    with pytest.raises(UserError, match="--torch_compile: mpnet has no blocks"):
+        speed_up(model, torch_compile=True)

@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, import_method
+from conftest import METHODS, ROOT, import_method, write_random_backbone
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
-from common.study import processes
+from common.files import write_json
+from common.study import processes, report
 
 FLAGS = "--demo --epochs 1 --max_train_samples 300 --max_test_samples 60 --batch_size 16".split()
 RUN_ALL = """
@@ -24,6 +27,14 @@ if os.environ.get("ACCELERATE_USE_FSDP"):  # which accelerate does on GPUs alone
             vars(self)["distributed_type"] = "MULTI_GPU"
     PartialState.__init__ = as_on_gpus
 import common.demo
+from common.trainer import ReviewTrainer
+from torch.distributed.tensor import DTensor
+train = ReviewTrainer.train
+def watched(self, *args, **kwargs):
+    result = train(self, *args, **kwargs)
+    print("spread:", sum(isinstance(weight, DTensor) for weight in self.model.parameters()))
+    return result
+ReviewTrainer.train = watched
 build_demo = common.demo.build_demo
 common.demo.build_demo = lambda folder: print("writes the demo") or build_demo(folder)
 for name in sys.argv[1].split():
@@ -63,11 +74,15 @@ def test_two_processes_train_what_one_does(tmp_path):
             torch.testing.assert_close(weight, again[key], rtol=1e-2, atol=1e-3, msg=f"{name}: {key}")
 
 
-def test_fsdp_spreads_the_weights_and_trains_what_one_process_does(backbones, demo, tmp_path):
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_fsdp_spreads_the_weights_and_trains_what_one_process_does(architecture, backbones, demo, tmp_path):
     script, config, methods = tmp_path / "all.py", tmp_path / "fsdp.yaml", ("PEFT_LORA", "PEFT_QLORA")
     script.write_text(RUN_ALL)
     config.write_text(processes.FSDP + 'use_cpu: true\nmixed_precision: "no"\n')
-    flags = ["--model", str(backbones["llama"]), "--dataset", str(demo[1]), "--max_length", "48", *FLAGS[1:]]
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # each process has its own
+    config_of = AutoConfig.from_pretrained(backbones[architecture], **no_dropout)
+    backbone = write_random_backbone(tmp_path / "backbone", backbones[architecture], config_of)
+    flags = ["--model", str(backbone), "--dataset", str(demo[1]), "--max_length", "48", *FLAGS[1:]]
     flags += ["--gradient_accumulation_steps", "1", "--seeds", "0", "--gradient_checkpointing"]
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     result = subprocess.run(
@@ -78,6 +93,7 @@ def test_fsdp_spreads_the_weights_and_trains_what_one_process_does(backbones, de
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("spread: ") == 4 and "spread: 0" not in result.stdout
     for name in methods:
         import_method(name).main([*flags, "--output_dir", str(tmp_path / "one" / name)])
         one, two = (
@@ -96,3 +112,25 @@ def test_fsdp_spreads_the_weights_and_trains_what_one_process_does(backbones, de
 
 def test_the_readme_shows_the_configuration_that_was_measured():
     assert f"```yaml\n{processes.FSDP}```" in (ROOT / "README.md").read_text()
+
+
+def test_the_study_of_processes_writes_a_row_after_every_run(tmp_path, monkeypatch, capsys):
+    def launch(launcher, count, script, flags, folder):
+        place = Path(flags[flags.index("--output_dir") + 1]) / "seed_0"
+        place.mkdir(parents=True)
+        run = {"processes": count, "peak_memory_bytes": 2e9, "peak_memory_by_phase_bytes": {}, "train_reviews": 180}
+        run |= {"train_reviews_per_second": 90.0, "epochs": [{"seconds": 0.0}, {"seconds": 3.0}, {"seconds": 2.0}]}
+        (place / "run.json").write_text(json.dumps(run))
+
+    monkeypatch.setattr(processes, "HERE", tmp_path)
+    monkeypatch.setattr(processes, "launch", launch)
+    record = processes.main(["--demo"])
+    assert json.loads((tmp_path / "runs" / "processes.json").read_text()) == record
+    assert [(row["processes"], row["reviews_per_second"]) for row in record["rows"]] == [(1, 90.0), (2, 90.0)]
+    (tmp_path / "common" / "study").mkdir(parents=True)
+    assert report.processes(tmp_path, []) == report.UNMEASURED
+    write_json(record, tmp_path / "common" / "study" / "processes.json")
+    assert "| tiny-llama | PEFT_LORA | torchrun, 2 | 90 | 2.00 |" in report.processes(tmp_path, [])
+    with pytest.raises(SystemExit):
+        processes.main([])
+    assert "needs two GPUs" in capsys.readouterr().err

@@ -14,13 +14,14 @@ chart go to runs/.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Queue
@@ -94,7 +95,7 @@ BATCHES, LENGTH, UPDATES = (4, 16), 512, 2  # updates of an epoch
 USUAL = {"max_length": LENGTH, "optim": "adamw_torch_fused", "torch_compile": False}
 MEASURED = (
     *("trainable_parameters", "peak_memory_bytes", "peak_phase", "memory_bytes", "first_epoch_seconds"),
-    *("reviews_per_second", "operations_per_second"),
+    *("reviews_per_second", "matrix_share"),
 )
 GPUS, STARTING = Queue(), Lock()  # the GPUs that no process has; held while one starts
 CARDS = {8: "RTX 4060", 16: "T4", 24: "RTX 4090", 48: "L40S", 80: "H100", 141: "H200"}  # GB
@@ -248,8 +249,8 @@ def train_once(job: dict, folder: Path) -> dict:
     }
 
 
-def measure(jobs: list[dict]) -> list[dict]:
-    """The rows of runs of the same backbone and method."""
+def measure(jobs: list[dict], fastest: float) -> list[dict]:
+    """The rows of runs of the same backbone and method. fastest: as of `matrix_speed`."""
     be_quiet()
     backbone, config = jobs[0]["backbone"], shape(jobs[0]["backbone"])
     rows = [settings | parameters_of(config) | dict.fromkeys(MEASURED) for settings in jobs]
@@ -257,7 +258,8 @@ def measure(jobs: list[dict]) -> list[dict]:
         row["formula_bytes"] = expected_bytes(config, row) if row["method"] in WITH_LORA else None
     # Last what takes more than what is before it: it may be out of memory, or leave something behind.
     rows.sort(key=lambda row: (row["optim"] != USUAL["optim"], row["formula_bytes"] or 0))
-    with TemporaryDirectory() as name, contextlib.suppress(torch.OutOfMemoryError):
+    too_large = math.inf
+    with TemporaryDirectory() as name:
         folder = Path(name)
         build_demo(folder)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -266,11 +268,15 @@ def measure(jobs: list[dict]) -> list[dict]:
         place = (folder / "tiny-bert").rename(folder / backbone)
         tokenizer.save_pretrained(place)
         config.save_pretrained(place)
-        for row in rows:
-            row |= train_once(row, folder)
+        for row in (row for row in rows if (row["formula_bytes"] or 0) < too_large):
+            try:
+                row |= train_once(row, folder)
+            except torch.OutOfMemoryError:
+                too_large = row["formula_bytes"] or math.inf
+                continue
             if row["formula_bytes"]:
                 operations = counted_operations(config, row["parameters_in_blocks"], row["max_length"])
-                row["operations_per_second"] = row["reviews_per_second"] * operations
+                row["matrix_share"] = row["reviews_per_second"] * operations / fastest
     return rows
 
 
@@ -352,7 +358,10 @@ def main(argv: list[str] | None = None) -> dict:
     if args.demo:
         jobs = [found | {"max_length": 32} for found in jobs]
     path = HERE / ("runs" if args.demo else "") / "memory_by_size.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() and not args.demo else []
+    before = json.loads(path.read_text()) if path.exists() and not args.demo else {"rows": []}
+    rows = before["rows"]
+    if rows and before["environment"]["gpu"] != environment()["gpu"]:
+        parser.error(f"{path.name} was measured on {before['environment']['gpu']}; move it away to start anew")
     known = set(map(key, rows))
     jobs = [found for found in jobs if found["backbone"] in shapes and found["method"] in methods]
     groups = {}
@@ -365,16 +374,25 @@ def main(argv: list[str] | None = None) -> dict:
         "rows": rows,
     }
     path.parent.mkdir(exist_ok=True)
-    gpus = [*map(str, range(torch.cuda.device_count()))] or [""]
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = gpus.split(",")
     for gpu in gpus:
         GPUS.put(gpu)
     with ThreadPoolExecutor(len(gpus)) as threads:
         record["matrix_operations_per_second"] = alone(matrix_speed, 256 if args.demo else 8192)
-        for result in as_completed([threads.submit(alone, measure, group) for group in groups.values()]):
-            rows += result.result()
+        failures = []
+        measured = partial(measure, fastest=record["matrix_operations_per_second"])
+        for result in as_completed([threads.submit(alone, measured, group) for group in groups.values()]):
+            if error := result.exception():  # the other groups are worth having
+                failures.append(error)
+                print(f"Failed: {error!r}", flush=True)
+                continue
+            rows += [row | {"commit": record["environment"]["commit"]} for row in result.result()]
             rows.sort(key=lambda row: (row["parameters"], str(key(row))))
             write_json(record, path)
             print(*result.result(), sep="\n", flush=True)
+    if failures:
+        raise failures[0]
     save(
         memory_figure(rows, args.demo),
         (path if args.demo else ROOT / "PEFT_QLORA" / path.name).with_suffix(".png"),

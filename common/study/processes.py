@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--demo", action="store_true", help="Tiny models on generated reviews.")
     parser.add_argument("flags", nargs="*", help="Of the scripts.")
     args = parser.parse_args(argv)
+    if not args.demo and torch.cuda.device_count() < 2:
+        parser.error("needs two GPUs; --demo does without")
     path = HERE / ("runs" if args.demo else "") / "processes.json"
     path.parent.mkdir(exist_ok=True)
     record = {"command": command_line("-m common.study.processes", argv), "environment": environment(), "rows": []}

@@ -434,9 +434,6 @@ def memory_by_size(folder: Path, words: list[str]) -> str:
     record, (kind, *batch) = read(root / "common" / "study" / "memory_by_size.json"), words
     if not record:
         return UNMEASURED
-    for row in record["rows"]:
-        operations = row["operations_per_second"]
-        row["matrix_share"] = operations and operations / record["matrix_operations_per_second"]
     rows = {key(row): row for row in record["rows"]}
     if kind == "cards":
         lines = [[f"{card}, {size} GB", *largest(record["rows"], size)] for size, card in CARDS.items()]
@@ -461,8 +458,11 @@ def memory_by_size(folder: Path, words: list[str]) -> str:
                 lines.append([name, *(f"{qlora[measure] / lora[measure]:.2f}" for measure in measures)])
         return table("QLoRA / LoRA,peak memory,reviews/s", lines)
     if kind == "why":
-        lora, checkpointing = (rows[key(job("llama-7.5b", "PEFT_LORA", 16, on))] for on in (False, True))
-        qlora = rows[key(job("llama-7.5b", "PEFT_QLORA", 16, True))]
+        ways = (("PEFT_LORA", False), ("PEFT_LORA", True), ("PEFT_QLORA", True))
+        found = [rows.get(key(job("llama-7.5b", method, 16, on))) for method, on in ways]
+        if not all(row and row["peak_memory_bytes"] for row in found):
+            return UNMEASURED
+        lora, checkpointing, qlora = found
         parts = {name: size / 1e9 for name, size in lora["memory_bytes"].items()}
         trained = sum(size for name, size in parts.items() if name in ("gradients", "optimizer"))
         share = lora["trainable_parameters"] / lora["parameters"]
