@@ -81,7 +81,7 @@ class Config:
     torch_compile: bool = HfArg(default=False, help="Compile every block first: worth it for long runs on a GPU.")
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = HfArg(
         default="adamw_torch_fused",
-        help="As of TrainingArguments; AdamW's states take 8 bytes per trained weight, or 2.",
+        help="AdamW's states take 8 bytes per trained weight, or 2 in 8 bits; paged ones can move to the host.",
     )
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One run for each.")
     max_train_samples: int | None = HfArg(

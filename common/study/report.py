@@ -453,7 +453,7 @@ def memory_by_size(folder: Path, words: list[str]) -> str:
         lines = []
         for name in SHAPES:
             lora, qlora = (rows.get(key(job(name, method, int(batch[0]), True))) for method in WITH_LORA)
-            if lora and qlora and lora["peak_memory_bytes"]:
+            if lora and qlora and lora["peak_memory_bytes"] and qlora["peak_memory_bytes"]:
                 measures = ("peak_memory_bytes", "reviews_per_second")
                 lines.append([name, *(f"{qlora[measure] / lora[measure]:.2f}" for measure in measures)])
         return table("QLoRA / LoRA,peak memory,reviews/s", lines)
