@@ -6,8 +6,9 @@
 
 LoRA and QLoRA, with checkpointing and without, and a few runs more (see `EXTRAS`), on texts of 512 random tokens. The
 shapes are real. The weights are random: drawn on the GPU layer by layer, and quantized as they are drawn. Every row is
-a run of the script's own `train`, two epochs of two updates with evaluation and test, with one change: a step that is
-out of memory ends the run, and is a row without figures, as are those of the same backbone and method that need more.
+a run of the script's own `train`, two epochs with evaluation and test, of which the second is timed. With one change:
+a step that is out of memory ends the run, and is a row without figures, as are those of the same backbone and method
+that need more.
 Each backbone and method has a process of its own, one at a time on each GPU. Writes common/study/memory_by_size.json
 and PEFT_QLORA/memory_by_size.png; rows that are there already stay. With `--demo` two tiny shapes; the record and the
 chart go to runs/.
@@ -91,7 +92,7 @@ SHAPES = {  # of these models on the Hub
 }
 TINY = {"tiny-bert": encoder(64, 128, 2, 4), "tiny-llama": decoder(LlamaConfig, 64, 128, 2, 4, 2, 30_522)}
 WITH_LORA = ("PEFT_LORA", "PEFT_QLORA")
-BATCHES, LENGTH, UPDATES = (4, 16), 512, 2  # updates of an epoch
+BATCHES, LENGTH = (4, 16), 512
 USUAL = {"max_length": LENGTH, "optim": "adamw_torch_fused", "torch_compile": False}
 MEASURED = (
     *("trainable_parameters", "peak_memory_bytes", "peak_phase", "memory_bytes", "first_epoch_seconds"),
@@ -160,8 +161,8 @@ def draw_weights(model: PreTrainedModel, dtype: torch.dtype, device) -> None:
         part._buffers[name.rpartition(".")[2]] = values.to(device)
 
 
-def random_texts(batch: int, length: int) -> DatasetDict:
-    """Texts of `length` tokens: `UPDATES` batches to train on, for the other splits a batch of evaluation."""
+def random_texts(batch: int, length: int, updates: int) -> DatasetDict:
+    """Texts of `length` tokens: `updates` batches to train on, for the other splits a batch of evaluation."""
     draw = torch.Generator().manual_seed(0)
 
     def rows(count: int) -> Dataset:
@@ -169,7 +170,7 @@ def random_texts(batch: int, length: int) -> DatasetDict:
         labels = [row % 2 for row in range(count)]
         return Dataset.from_dict({"input_ids": tokens, "labels": labels, "truncated": [False] * count})
 
-    return DatasetDict(train=rows(UPDATES * batch), validation=rows(2 * batch), test=rows(2 * batch))
+    return DatasetDict(train=rows(updates * batch), validation=rows(2 * batch), test=rows(2 * batch))
 
 
 def expected_bytes(config: PretrainedConfig, row: dict) -> int:
@@ -229,6 +230,7 @@ def parameters_of(config: PretrainedConfig) -> dict:
 
 def train_once(job: dict, folder: Path) -> dict:
     """What is measured of one run. folder: holds a folder with the backbone's configuration and a tokenizer."""
+    updates = 20 if job["parameters"] < 2e9 else 2  # of an epoch; steps of small backbones are over soon
     method = script(job["method"])
     settings = {"epochs": 2, "gradient_accumulation_steps": 1, "seeds": 0, "batch_size": job["batch"]}
     settings |= {name: job[name] for name in (*USUAL, "gradient_checkpointing")}
@@ -236,7 +238,7 @@ def train_once(job: dict, folder: Path) -> dict:
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     config = parse_config(method.Config, method.FOLDER, flags)
     tokenizer = load_tokenizer(config.model, None, config.max_length)
-    data = random_texts(config.batch_size, config.max_length)
+    data = random_texts(config.batch_size, config.max_length, updates)
     whole_steps = patch.object(ReviewTrainer, "in_parts", lambda trainer, step, inputs: [step(inputs)])
     with whole_steps, patch.object(method, "AutoModelForSequenceClassification", RandomWeights):
         found = method.train(config, 0, tokenizer, data, "", ["negative", "positive"])
@@ -245,7 +247,7 @@ def train_once(job: dict, folder: Path) -> dict:
         **{name: found[name] for name in MEASURED if name in found},
         "peak_phase": max(phases, key=phases.get),
         "first_epoch_seconds": first["seconds"],
-        "reviews_per_second": UPDATES * config.batch_size / second["seconds"],
+        "reviews_per_second": updates * config.batch_size / second["seconds"],
     }
 
 

@@ -419,7 +419,7 @@ def whole_command(root: Path, _: list[str]) -> str:
 def memory_cell(row: dict) -> str:
     """Gigabytes, and in brackets those of the formula."""
     peak, formula = row["peak_memory_bytes"], row["formula_bytes"]
-    return (f"{peak / 1e9:.1f}" if peak else "out of memory") + (f" ({formula / 1e9:.1f})" if formula else "")
+    return (f"{peak / 1e9:.3g}" if peak else "out of memory") + (f" ({formula / 1e9:.3g})" if formula else "")
 
 
 def speed_cell(row: dict) -> str:
