@@ -50,12 +50,17 @@ class Config:
     )
     dataset: str = HfArg(
         default="stanfordnlp/imdb",
-        help="Reviews: a Hub id, a folder with train and test files (.parquet, .csv, .tsv, .jsonl), "
-        "an extracted aclImdb folder, or aclImdb_v1.tar.gz.",
+        help="Labelled texts: a Hub id, a file (.parquet, .csv, .tsv, .jsonl), a folder with a train file and, if "
+        "there are, validation and test files, an extracted aclImdb folder, or aclImdb_v1.tar.gz.",
     )
     dataset_revision: str | None = HfArg(
         default="e6281661ce1c48d982bc483cf8a173c1bbeb5d31",
         help="Commit, tag or branch of the data set on the Hub; of another --dataset than the default, main.",
+    )
+    text_column: str = HfArg(default="text", help="Column with the texts.")
+    label_column: str = HfArg(default="label", help="Column with the labels: integers or words.")
+    class_weights: Literal["none", "balanced"] = HfArg(
+        default="none", help="balanced: every class counts as much as any other, however rare it is."
     )
     max_length: int = HfArg(default=512, help="Tokens per review; longer reviews are truncated at the start.")
     epochs: int | None = HfArg(
@@ -209,6 +214,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         eval_dataset={"train": training_sample(data), "validation": data["validation"]},
         processing_class=tokenizer,
         compute_metrics=validation_scores,
+        class_weights=config.class_weights,
         **options,
     )
     preflight(config, trainer, new)
@@ -232,9 +238,7 @@ def main(argv: list[str] | None = None) -> dict:
     runs = []
     for seed in config.seeds:
         with PartialState().local_main_process_first():  # the other processes find its cache
-            reviews, fingerprint = load_reviews(
-                config.dataset, config.dataset_revision, config.max_train_samples, config.max_test_samples, seed
-            )
+            reviews, fingerprint = load_reviews(config, seed)
             data = tokenize(reviews, tokenizer, config.max_length)
         config = fit_to_size(config, len(data["train"]) + len(data["validation"]))
         classes = reviews["train"].features["label"].names

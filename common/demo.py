@@ -25,7 +25,7 @@ THINGS = "acting plot script music dialogue ending direction pacing photography 
 def write_corpus() -> tuple[list[dict], list[dict]]:
     """Train and test rows {"text", "label"}, sorted by label as IMDb is, so that a missing shuffle shows."""
     rng, train, test = random.Random(0), [], []
-    for label, same, other in ((0, NEGATIVE, POSITIVE), (1, POSITIVE, NEGATIVE)):
+    for label, same, other in (("negative", NEGATIVE, POSITIVE), ("positive", POSITIVE, NEGATIVE)):
         words, texts = {"same": same, "other": other, "thing": THINGS}, {}
         while len(texts) < (TRAIN_REVIEWS + TEST_REVIEWS) // 2:
             text = " ".join(rng.sample(SENTENCES, 3))

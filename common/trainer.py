@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from itertools import product
 
 import datasets
@@ -119,13 +119,28 @@ class ReviewTrainer(Trainer):
     """Trainer for tokenised reviews: data sets with columns `input_ids` and `labels`, or a `Subset` of one.
     A step that runs out of GPU memory is tried again in halves; the update stays that of its whole batch.
     learning_rates: peak of the schedule for the parameters of the modules named; for all others that of `args`.
+    class_weights: "balanced" weights every text's loss by how rare its class is, on average by one; else "none".
     run_once: called once with this trainer and each data set's `ReviewTensors`, it returns what every epoch reads in
     their place (see `common/frozen.py`). None: every epoch runs the whole model."""
 
-    def __init__(self, *, args, learning_rates: dict | None = None, run_once: Callable | None = None, **kwargs):
+    def __init__(
+        self,
+        *,
+        args,
+        learning_rates: dict | None = None,
+        class_weights: str = "none",
+        run_once: Callable | None = None,
+        **kwargs,
+    ):
         args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU; torchrun starts a process for each
         kwargs["preprocess_logits_for_metrics"] = lambda found, _: found[0] if isinstance(found, tuple) else found
-        super().__init__(args=args, compute_loss_func=mean_cross_entropy, **kwargs)
+        weights = None
+        if class_weights == "balanced":
+            counts = np.bincount(kwargs["train_dataset"]["labels"][:], minlength=kwargs["model"].config.num_labels)
+            shares = counts.sum() / len(counts) / counts.clip(1)
+            weights = torch.tensor(shares, dtype=torch.float32, device=args.device)
+        loss = partial(mean_cross_entropy, class_weights=weights)
+        super().__init__(args=args, compute_loss_func=loss, **kwargs)
         self.model.config.use_cache = False  # decoders would keep keys and values for texts to come
         self.learning_rates = learning_rates or {}
         self.rows_at_a_time, self.peaks = sys.maxsize, {}  # as many as fit into memory; bytes, by phase
@@ -245,7 +260,8 @@ class ReviewTrainer(Trainer):
         return 100 * float(1 - tensors.lengths.sum() / padded)
 
 
-def mean_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Mean over the global batch: classifiers' own loss is a mean per step, wrong under gradient accumulation."""
-    loss = nn.functional.cross_entropy(outputs["logits"].float(), labels, reduction="sum")
+def mean_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch=None, class_weights=None) -> torch.Tensor:
+    """Mean over the global batch: classifiers' own loss is a mean per step, wrong under gradient accumulation.
+    class_weights: (classes,), or None for equal ones."""
+    loss = nn.functional.cross_entropy(outputs["logits"].float(), labels, class_weights, reduction="sum")
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)

@@ -49,6 +49,12 @@ def own_cache(tmp_path_factory):
         yield
 
 
+def read_reviews(dataset: str, revision=None, train=None, test=None, seed=0, load=load_reviews, **columns) -> tuple:
+    """`load_reviews` by what it takes from the command line. train, test: sizes of the subsets."""
+    source = {"dataset": dataset, "dataset_revision": revision, "max_train_samples": train, "max_test_samples": test}
+    return load(import_method("NEW_HEAD").Config(**source, **columns), seed)
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> tuple[Path, Path]:
     """Folders of the demo's model and reviews."""
@@ -74,7 +80,7 @@ def backbones(tmp_path_factory, demo) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tokens(demo) -> datasets.DatasetDict:
     """A few of the demo's reviews, at most 48 tokens of each."""
-    reviews, _ = load_reviews(str(demo[1]), max_train_samples=150, max_test_samples=40)
+    reviews, _ = read_reviews(str(demo[1]), train=150, test=40)
     return tokenize(reviews, load_tokenizer(str(demo[0]), None, 48), 48)
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import read_reviews
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from common import data
 from common.cli import UserError
-from common.data import in_validation, load_reviews, stratified_rows, tokenize, training_sample
+from common.data import held_out, stratified_rows, tokenize, training_sample
 from common.model import load_tokenizer
 
 FILES = ("parquet", "csv", "tsv", "jsonl")
@@ -89,7 +90,7 @@ def texts(*splits: Dataset) -> set[str]:
 def refuse(source, pattern: str = "^--", **options) -> str:
     """Check that load_reviews refuses `source` in one line that names it, and return the line."""
     with pytest.raises(UserError, match=pattern) as error:
-        load_reviews(str(source), **options)
+        read_reviews(str(source), **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -111,13 +112,13 @@ def tokenizer(demo):
 @pytest.mark.parametrize("rows", [TRAIN, TRAIN[::-1]], ids=["sorted", "reversed"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_and_order_gives_the_same(tmp_path, kind, rows):
-    expected, expected_fingerprint = load_reviews(write_reviews(tmp_path / "plain"))
-    reviews, fingerprint = load_reviews(write_reviews(tmp_path / "reviews", kind, rows, TEST[::-1]))
+    expected, expected_fingerprint = read_reviews(write_reviews(tmp_path / "plain"))
+    reviews, fingerprint = read_reviews(write_reviews(tmp_path / "reviews", kind, rows, TEST[::-1]))
     assert fingerprint == expected_fingerprint
     assert list(reviews) == list(SPLITS)
     for split in SPLITS:
         assert reviews[split].column_names == ["text", "label"]
-        assert reviews[split].features["label"].names == ["negative", "positive"]
+        assert reviews[split].features["label"].names in (["0", "1"], ["negative", "positive"])
         assert pairs(reviews[split]) == pairs(expected[split])
     assert pairs(reviews["train"], reviews["validation"]) == pairs(TRAIN)
     assert pairs(reviews["test"]) == pairs(TEST)
@@ -125,16 +126,16 @@ def test_every_format_and_order_gives_the_same(tmp_path, kind, rows):
 
 def test_archive_is_read_in_place(tmp_path):
     source = write_reviews(tmp_path / "reviews", "aclImdb_v1.tar.gz")
-    load_reviews(source)
+    read_reviews(source)
     assert list((tmp_path / "reviews").iterdir()) == [Path(source)]
     assert not list(tmp_path.rglob("*.txt"))
 
 
 def test_fingerprint_is_of_all_the_reviews_and_nothing_else(tmp_path):
     source = write_reviews(tmp_path / "reviews")
-    _, fingerprint = load_reviews(source)
+    _, fingerprint = read_reviews(source)
     assert len(fingerprint) == 64
-    assert load_reviews(source, max_train_samples=50, max_test_samples=10)[1] == fingerprint
+    assert read_reviews(source, train=50, test=10)[1] == fingerprint
     changes = {
         "text": ([{**TRAIN[0], "text": "another"}, *TRAIN[1:]], TEST),
         "label": ([{**TRAIN[0], "label": 1}, *TRAIN[1:]], TEST),
@@ -143,26 +144,26 @@ def test_fingerprint_is_of_all_the_reviews_and_nothing_else(tmp_path):
         "split": (TRAIN[1:], [TRAIN[0], *TEST]),
     }
     for name, (train, test) in changes.items():
-        assert load_reviews(write_reviews(tmp_path / name, train=train, test=test))[1] != fingerprint, name
+        assert read_reviews(write_reviews(tmp_path / name, train=train, test=test))[1] != fingerprint, name
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_changed_reviews_are_read_anew(tmp_path, kind):
     source = Path(write_reviews(tmp_path / "reviews", kind))
-    _, before = load_reviews(str(source))
+    _, before = read_reviews(str(source))
     times = {path: path.stat().st_mtime_ns for path in [source, *source.rglob("*")]}
     shutil.rmtree(tmp_path / "reviews")
     write_reviews(tmp_path / "reviews", kind, [{**TRAIN[0], "text": "new"}, *TRAIN[1:]])
     for path, time in times.items():  # as if only this review's file had changed, and a second later
         changed = path.name in ("0_7.txt", "train.parquet", "train.csv", "train.tsv", "train.jsonl", source.name)
         os.utime(path, ns=(time, time + 1_000_000_000 * (changed and path.is_file())))
-    assert load_reviews(str(source))[1] != before
+    assert read_reviews(str(source))[1] != before
 
 
 @pytest.mark.parametrize("kind", FILES)
 def test_short_texts_stay_as_they_are(tmp_path, kind):
     rows = [*TRAIN, *({"text": text, "label": 1} for text in ("NA", "n/a", "null", "None", "nan", "-1", "007", "1e5"))]
-    reviews, _ = load_reviews(write_reviews(tmp_path / "reviews", kind, rows))
+    reviews, _ = read_reviews(write_reviews(tmp_path / "reviews", kind, rows))
     assert pairs(reviews["train"], reviews["validation"]) == pairs(rows)
 
 
@@ -172,7 +173,7 @@ def test_short_texts_stay_as_they_are(tmp_path, kind):
 @pytest.mark.parametrize(
     ("labels", "names"),
     [
-        ((0, 1), ["negative", "positive"]),
+        ((0, 1), ["0", "1"]),
         (("neg", "pos"), ["negative", "positive"]),
         (("positive", "negative"), ["negative", "positive"]),
         (("good", "bad"), ["bad", "good"]),
@@ -186,7 +187,7 @@ def test_short_texts_stay_as_they_are(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_labels_of_any_kind(tmp_path, kind, labels, names):
     train, test = make_rows("train", 100, labels), make_rows("test", 20, labels)
-    reviews, _ = load_reviews(write_reviews(tmp_path / "reviews", kind, train, test))
+    reviews, _ = read_reviews(write_reviews(tmp_path / "reviews", kind, train, test))
     assert all(reviews[split].features["label"].names == names for split in SPLITS)
     numbers = {label: number for number, label in enumerate(sorted(labels))}
     expected = [{**row, "label": numbers[row["label"]]} for row in train]
@@ -207,7 +208,7 @@ def write_class_labels(folder: Path, names: list[str], test_names: list[str], tr
     [(["thumbs up", "thumbs down"], ["thumbs up", "thumbs down"]), (["neg", "pos"], ["negative", "positive"])],
 )
 def test_class_names_are_kept(tmp_path, names, expected):
-    reviews, _ = load_reviews(write_class_labels(tmp_path / "reviews", names, names))
+    reviews, _ = read_reviews(write_class_labels(tmp_path / "reviews", names, names))
     assert all(reviews[split].features["label"].names == expected for split in SPLITS)
     assert pairs(reviews["train"], reviews["validation"]) == pairs(TRAIN)
 
@@ -233,24 +234,24 @@ def digests(*texts: str) -> list[bytes]:
 
 def test_validation_is_a_tenth_by_the_text_alone(tmp_path):
     rows = films(6000)
-    validation = texts(load_reviews(write_reviews(tmp_path / "reviews", train=rows))[0]["validation"])
+    validation = texts(read_reviews(write_reviews(tmp_path / "reviews", train=rows))[0]["validation"])
     assert 500 <= len(validation) <= 700
     others = [{**row, "label": 1 - row["label"]} for row in rows[2000:][::-1]]
-    again = texts(load_reviews(write_reviews(tmp_path / "others", "csv", others, rows))[0]["validation"])
+    again = texts(read_reviews(write_reviews(tmp_path / "others", "csv", others, rows))[0]["validation"])
     assert again == {row["text"] for row in others} & validation
 
 
 def test_validation_stays_the_same_in_every_version():
     names = [f"film {number}" for number in range(1000)]
-    held_out = np.flatnonzero(in_validation(digests(*names), [0] * 1000))
-    assert held_out[:5].tolist() == [12, 18, 33, 35, 45]
-    assert np.flatnonzero(in_validation(digests(*names[:20]), [0] * 20)).tolist() == [2, 15]
+    held = np.flatnonzero(held_out(digests(*names), [0] * 1000))
+    assert held[:5].tolist() == [12, 18, 33, 35, 45]
+    assert np.flatnonzero(held_out(digests(*names[:20]), [0] * 20)).tolist() == [2, 15]
 
 
 @pytest.mark.parametrize("sizes", [(30, 70), (4, 996), (14, 1500, 5), (1, 40)])
 def test_every_small_class_gives_validation_a_tenth(sizes):
     labels = np.repeat(np.arange(len(sizes)), sizes)
-    held = in_validation(digests(*map(str, range(len(labels)))), labels)
+    held = held_out(digests(*map(str, range(len(labels)))), labels)
     for label, size in enumerate(sizes):
         share = held[labels == label].sum()
         assert share == (max(1, round(size / 10)) if size > 1 else 0) if size < 1000 else 100 < share < 200
@@ -258,9 +259,83 @@ def test_every_small_class_gives_validation_a_tenth(sizes):
 
 def test_copies_of_a_review_are_never_on_both_sides(tmp_path):
     rows = films(100) * 3 + [{**row, "label": 1 - row["label"]} for row in films(50)]
-    reviews, _ = load_reviews(write_reviews(tmp_path / "reviews", train=rows))
+    reviews, _ = read_reviews(write_reviews(tmp_path / "reviews", train=rows))
     assert not texts(reviews["train"]) & texts(reviews["validation"])
     assert pairs(reviews["train"], reviews["validation"]) == pairs(rows)
+
+
+@pytest.mark.parametrize("kind", [*FILES, "folder"])
+def test_one_file_is_split_by_the_text(tmp_path, capsys, kind):
+    rows = films(2000) + films(30)
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / ("train.csv" if kind == "folder" else f"film reviews.{kind}")
+    write_file(file, rows)
+    source = str(file.parent if kind == "folder" else file)
+    reviews, fingerprint = read_reviews(source)
+    assert [150 < len(reviews[split]) < 250 for split in ("validation", "test")] == [True, True]
+    assert pairs(*reviews.values()) == pairs(rows)
+    assert sum(len(texts(reviews[split])) for split in SPLITS) == 2000, "no text is in two splits"
+    assert ", split by the hash of the text; " in capsys.readouterr().out
+    write_file(file, rows[::-1])
+    again = read_reviews(source)
+    assert again[1] == fingerprint and all(pairs(again[0][split]) == pairs(reviews[split]) for split in SPLITS)
+
+
+def test_small_classes_of_one_file_are_in_every_split(tmp_path):
+    rows = [{"text": f"ticket {n}", "label": ("bill", "bug", "question")[min(n % 10, 2)]} for n in range(400)]
+    write_file(tmp_path / "tickets.csv", rows)
+    reviews, _ = read_reviews(str(tmp_path / "tickets.csv"))
+    counts = [np.bincount(reviews[split]["label"][:]).tolist() for split in SPLITS]
+    assert counts == [[32, 32, 256], [4, 4, 32], [4, 4, 32]]
+
+
+def test_a_validation_file_is_used_as_it_is(tmp_path, capsys):
+    source = write_reviews(tmp_path / "reviews", "csv")
+    held = make_rows("validation", 60)
+    write_file(tmp_path / "reviews" / "validation.csv", held)
+    reviews, _ = read_reviews(source, train=50)
+    assert pairs(reviews["validation"]) == pairs(held) and len(reviews["train"]) == 50
+    assert "Data:     50 training, 60 validation and 20 test texts; 0 copies" in capsys.readouterr().out
+    write_file(tmp_path / "reviews" / "validation.csv", [{"text": "x", "label": 7}])
+    refuse(source, "label 7 of the validation split is not in the train split")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_separators_and_other_names_of_the_columns(tmp_path, separator):
+    rows = [{"the review": row["text"], "sentiment": "np"[row["label"]]} for row in TRAIN]
+    file = tmp_path / "IMDB Dataset.csv"
+    with file.open("w", newline="", encoding="utf-8-sig") as lines:
+        writer = csv.DictWriter(lines, rows[0], delimiter=separator)
+        writer.writeheader()
+        writer.writerows(rows)
+    line = refuse(file, "no column `text`")
+    assert line.endswith("it has: the review, sentiment; try --text_column 'the review' --label_column sentiment")
+    reviews, _ = read_reviews(str(file), text_column="the review", label_column="sentiment")
+    assert pairs(*reviews.values()) == pairs(TRAIN) and reviews["test"].features["label"].names == ["n", "p"]
+
+
+def test_no_columns_are_proposed_where_several_could_be_meant(tmp_path):
+    rows = [{"title": f"a {n}", "body": f"b {n}", "kind": n % 2} for n in range(100)]
+    write_file(tmp_path / "mail.csv", rows)
+    assert refuse(tmp_path / "mail.csv").endswith("it has: title, body, kind")
+
+
+def test_few_validation_texts_are_warned_of(tmp_path, capsys):
+    read_reviews(write_reviews(tmp_path / "reviews"))
+    assert "Warning:  10 validation texts, of 2 of the 2 classes, tell little" in capsys.readouterr().out
+    read_reviews(write_reviews(tmp_path / "many", train=films(600)))
+    assert "Warning" not in capsys.readouterr().out
+
+
+def test_copies_and_texts_on_both_sides_are_counted(tmp_path, capsys):
+    read_reviews(write_reviews(tmp_path / "reviews", train=[*TRAIN, *TRAIN[:3], *TEST[:2]]))
+    assert "; 3 copies in train, 2 texts in train and test" in capsys.readouterr().out
+
+
+def test_the_default_data_set_has_its_own_names(tmp_path, monkeypatch):
+    source = write_reviews(tmp_path / "reviews")
+    monkeypatch.setattr(data, "IMDB_SHA256", read_reviews(source)[1])
+    assert read_reviews(source)[0]["test"].features["label"].names == ["negative", "positive"]
 
 
 # Subsets
@@ -290,8 +365,8 @@ def test_subset_of_everything_keeps_the_order(size):
 
 def test_subsets_of_sorted_reviews(tmp_path):
     source = write_reviews(tmp_path / "reviews", train=make_rows("train", 400), test=make_rows("test", 40))
-    everything, _ = load_reviews(source)
-    first, same, other = (load_reviews(source, None, 200, 10, seed)[0] for seed in (3, 3, 4))
+    everything, _ = read_reviews(source)
+    first, same, other = (read_reviews(source, None, 200, 10, seed)[0] for seed in (3, 3, 4))
     assert len(texts(first["train"]) & texts(other["train"])) < 120 and pairs(first["test"]) == pairs(other["test"])
     labels = [label for _, label in pairs(first["train"], first["validation"])]
     assert labels.count(0) == labels.count(1) == 100
@@ -308,7 +383,7 @@ def test_subsets_of_sorted_reviews(tmp_path):
 @pytest.fixture
 def demo_reviews(demo):
     """About 450 + 50 + 50 reviews that the tokenizer knows every word of."""
-    return load_reviews(str(demo[1]), max_train_samples=500, max_test_samples=50)[0]
+    return read_reviews(str(demo[1]), train=500, test=50)[0]
 
 
 def tokenized(tokenizer, max_length: int, *reviews: str) -> list[dict]:
@@ -401,12 +476,12 @@ def test_hub_data_set(monkeypatch):
     )
     asked = []
     monkeypatch.setattr(data, "load_dataset", lambda *args, **options: asked.append((args, options)) or splits)
-    reviews, _ = load_reviews("organisation/films", "v1")
+    reviews, _ = read_reviews("organisation/films", "v1")
     assert asked == [(("organisation/films",), {"revision": "v1"})]
     assert reviews["train"].features["label"].names == ["negative", "positive"]
     assert pairs(reviews["train"], reviews["validation"]) == pairs(TRAIN)
-    del splits["test"]
-    assert refuse("organisation/films").endswith("has no test split; it has: train, unsupervised")
+    del splits["train"]
+    assert refuse("organisation/films").endswith("has no train split; it has: test, unsupervised")
 
 
 @pytest.mark.parametrize("source", ["stanfordnlp/imdb", "films", "aclImdb_v1.tar.gz"])
@@ -445,7 +520,7 @@ def test_names_of_files_and_folders_may_be_unusual(tmp_path):
     folder = Path(write_reviews(tmp_path / "films [1] *", "csv"))
     for split in ("train", "test"):
         (folder / f"{split}.csv").rename(folder / f"{split}.CSV")
-    assert len(load_reviews(str(folder))[0]["test"]) == len(TEST)
+    assert len(read_reviews(str(folder))[0]["test"]) == len(TEST)
 
 
 ONE_OF_TWO = "train.parquet, .csv, .tsv or .jsonl; found "
@@ -456,7 +531,7 @@ PLAIN = "".join(json.dumps(row) + "\n" for row in TRAIN)
     ("files", "pattern"),
     [
         ({}, f"needs one train file, {ONE_OF_TWO}none"),
-        ({"train.jsonl": PLAIN}, "needs one test file, test.parquet, .csv, .tsv or .jsonl; found none"),
+        ({"test.jsonl": PLAIN}, f"needs one train file, {ONE_OF_TWO}none"),
         ({"train.txt": "a", "test.jsonl": PLAIN}, f"{ONE_OF_TWO}none"),
         ({"train.jsonl": PLAIN, "train.csv": "", "test.jsonl": PLAIN}, f"{ONE_OF_TWO}train.csv, train.jsonl"),
         ({"train.jsonl": "", "test.jsonl": PLAIN}, r"cannot be read \(train\.jsonl:"),
@@ -525,7 +600,7 @@ def test_test_label_that_train_lacks(tmp_path):
 @pytest.mark.parametrize(("rows", "size"), [(12, 2), (2, None)])  # a class of one review stays in training
 def test_too_few_reviews(tmp_path, rows, size):
     source = write_reviews(tmp_path / "reviews", train=films(rows))
-    line = refuse(source, max_train_samples=size)
+    line = refuse(source, train=size)
     cause = f"--max_train_samples {size}" if size else f"--dataset {source}"
     assert re.match(f"{re.escape(cause)}: leaves a class or validation .*at least 100", line)
 

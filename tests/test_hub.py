@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 import pytest
+from conftest import read_reviews
 from huggingface_hub import errors
 
 from common.cli import UserError
-from common.data import load_reviews
 from common.hub import check_hub
 from common.model import load_tokenizer
 
@@ -71,12 +71,12 @@ def test_only_a_hub_that_does_not_answer_counts_as_no_network(answer, asked):
 
 def test_a_refusal_ends_the_run_before_any_download(asked):
     with pytest.raises(UserError, match=r"--dataset some/films: the Hub has no such dataset"):
-        load_reviews("some/films", "unknown")
+        read_reviews("some/films", "unknown")
     with pytest.raises(UserError, match=r"--model some/model: wants its terms accepted"):
         load_tokenizer("some/model", "gated", 64)
 
 
 def test_local_folders_need_no_hub(asked, demo):
-    load_reviews(str(demo[1]))
+    read_reviews(str(demo[1]))
     load_tokenizer(str(demo[0]), None, 64)
     assert not asked

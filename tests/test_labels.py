@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import read_reviews
 from PIL import Image
 
 from common.data import load_reviews
@@ -68,12 +69,12 @@ def test_draws_for_figures_and_for_tuning_have_nothing_in_common(flags, draws, s
 
 def test_tuning_sees_training_reviews_outside_the_draw_and_no_test_review(demo, monkeypatch):
     monkeypatch.setattr(labels, "OUTSIDE", 300)
-    whole, _ = load_reviews(str(demo[1]))
-    draw, _ = labels.outside_the_draw(load_reviews)(str(demo[1]), None, 200, 50, 7)
+    whole, _ = read_reviews(str(demo[1]))
+    draw, _ = read_reviews(str(demo[1]), None, 200, 50, 7, labels.outside_the_draw(load_reviews))
     texts = {split: set(rows["text"][:]) for split, rows in draw.items()}
     assert len(texts["test"]) == 300 and len(texts["train"] | texts["validation"]) == 200
     assert not texts["test"] & (texts["train"] | texts["validation"] | set(whole["test"]["text"][:]))
-    assert texts["train"] == set(load_reviews(str(demo[1]), None, 200, None, 7)[0]["train"]["text"][:])
+    assert texts["train"] == set(read_reviews(str(demo[1]), None, 200, None, 7)[0]["train"]["text"][:])
 
 
 def test_the_tables(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, import_method
+from conftest import METHODS, ROOT, import_method, read_reviews
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -342,7 +342,7 @@ def test_a_saved_tokenizer_truncates_as_in_training(small_runs):
 def test_trap_10_test_reviews_wait_until_training_is_over(method, small_runs):
     """And each split is used for what it is for: by its content, not by its name."""
     watched = small_runs[method.FOLDER.name]
-    reviews, _ = load_reviews(
+    reviews, _ = read_reviews(
         str(watched.folder.parents[1] / "generated" / "generated-reviews"), None, 600, 60, seed=3
     )
     splits = tokenize(reviews, watched.trainer.processing_class, 64)

@@ -122,8 +122,8 @@ def classify(job: dict) -> dict:
     """One draw of a reference: logistic regression on all its reviews, none held out for validation."""
     with TemporaryDirectory() as folder:
         settings = parse_config(references.Config, references.FOLDER, [*job["flags"], "--output_dir", folder])
-        source = settings.dataset, settings.dataset_revision
-        reviews, _ = load_reviews(*source, job["labels"], settings.max_test_samples, job["seed"])
+        settings.max_train_samples = job["labels"]
+        reviews, _ = load_reviews(settings, job["seed"])
         splits = {"train": concatenate_datasets([reviews["train"], reviews["validation"]]), "test": reviews["test"]}
         labels = {split: np.array(rows["label"][:]) for split, rows in splits.items()}
         if job["method"] == BAG:
@@ -158,9 +158,9 @@ def classify(job: dict) -> dict:
 def outside_the_draw(load):
     """`load_reviews` whose test split is `OUTSIDE` training reviews that are not in the draw."""
 
-    def load_draw(source, revision=None, max_train_samples=None, max_test_samples=None, seed=0):
-        everything, fingerprint = load(source, revision)
-        draw, _ = load(source, revision, max_train_samples, None, seed)
+    def load_draw(config, seed=0):
+        everything, fingerprint = load(replace(config, max_train_samples=None, max_test_samples=None))
+        draw, _ = load(config, seed)
         known = {*draw["train"]["text"][:], *draw["validation"]["text"][:]}
         rest = concatenate_datasets([everything["train"], everything["validation"]])
         rest = rest.select([row for row, text in enumerate(rest["text"][:]) if text not in known])

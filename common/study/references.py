@@ -121,9 +121,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Measure the references and write the record; returns it."""
     config = parse_config(Config, FOLDER, argv)
     tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
-    reviews, fingerprint = load_reviews(
-        config.dataset, config.dataset_revision, config.max_train_samples, config.max_test_samples
-    )
+    reviews, fingerprint = load_reviews(config)
     data = tokenize(reviews, tokenizer, config.max_length)
     labels = {split: rows["label"][:] for split, rows in reviews.items()}
     probes = linear_probes(config, tokenizer, data, labels)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -30,8 +31,10 @@ def script(name: str) -> ModuleType:
 
 def some_reviews(dataset: str, size: int) -> DatasetDict:
     """A random, stratified part of the training reviews, and a few to evaluate on, with columns `text` and `label`."""
-    default = script(METHODS[0]).Config
-    data, _ = load_reviews(dataset, default.dataset_revision if dataset == default.dataset else None)
+    config = script(METHODS[0]).Config()
+    if dataset != config.dataset:
+        config = replace(config, dataset=dataset, dataset_revision=None)
+    data, _ = load_reviews(config)
     rows = stratified_rows(data["train"]["label"][:], size, seed=0)
     few = data["validation"].shuffle(seed=0).select(range(min(EVALUATED, len(data["validation"]))))
     return DatasetDict(train=data["train"].select(rows).shuffle(seed=0), validation=few, test=few)
