@@ -31,7 +31,7 @@ class UserError(Exception):
 def parse_config(config_class: type, folder: Path, argv: list[str] | None = None):
     """Parse and check the flags that the dataclass `config_class` declares; make the settings of the whole process.
 
-    `folder` is the script's own: `--output_dir` defaults to its `runs/`. With `--demo` the generated reviews and
+    `folder` is the script's own: `--output_dir` defaults to its `runs/<data>`. With `--demo` the generated reviews and
     model, and settings that suit them, become the defaults; flags given by hand still win.
     Raises UserError for a value that cannot be used; argparse exits for one of the wrong type.
     """
@@ -45,7 +45,8 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     given = parser.parse_args(argv)
     subset = getattr(given, "max_train_samples", None) or getattr(given, "max_test_samples", None)
-    output_dir = given.output_dir or folder / "runs" / ("demo" if given.demo else "partial" if subset else "")
+    data = "demo" if given.demo else Path(given.dataset).expanduser().resolve().name.split(".")[0]
+    output_dir = given.output_dir or folder / "runs" / f"{data}{'_partial' * bool(subset)}"
     output_dir = Path(output_dir).expanduser().resolve()
     generated = output_dir / "generated"
     if given.demo:

@@ -24,11 +24,17 @@ from transformers import Trainer
 from transformers.utils import cached_file
 
 from common.cli import UserError
+from common.data import IMDB_SHA256
 from common.files import public_name, write_json
 from common.metrics import score, split_memory
 from common.plotting import DEMO, bar_figure, line_figure, save
 
 ROOT = Path(__file__).resolve().parents[1]
+# SHA-256 of the default backbone's weights and of the default reviews
+PUBLISHED = (
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    IMDB_SHA256,
+)
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft", "bitsandbytes")
 
 
@@ -123,24 +129,46 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
 
 
 def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
-    """Write results.json, draw the charts, print what came out; returns the record. The files go beside the script in
-    `folder` after a full run, else under `--output_dir`: a partial run never replaces a published chart."""
+    """Write results.json, draw the charts, print what came out; returns the record. The files go to `--output_dir`, or
+    beside the script in `folder` where nothing is lost of what is published: see `is_published`."""
     output_dir = Path(config.output_dir)
-    partial = config.demo or config.max_train_samples or config.max_test_samples
-    place = output_dir if partial or output_dir != (folder / "runs").resolve() else folder
     record = make_record(folder.name, argv, config, data, fingerprint, runs)
+    place = folder if is_published(config, fingerprint, folder) else output_dir
     if not PartialState().is_main_process:
         return record
     write_json(record, place / "results.json")
     save(bar_figure(record), place / "bar_chart.png", record)
     save(line_figure(record), place / "line_chart.png", record)
     accuracy, f1 = (spread(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
-    print(f"Record:   {place / 'results.json'}, with bar_chart.png and line_chart.png beside it")
-    print(f"Models:   {', '.join(str(output_dir / f'seed_{seed}' / 'model') for seed in config.seeds)}")
+    for run in runs:
+        if sum(map(any, zip(*run["test"]["confusion_matrix"], strict=True))) == 1:
+            print(
+                f"Warning:  seed {run['seed']} predicts one class for every test text; more epochs, another "
+                "--learning_rate or --class_weights balanced may help"
+            )
+    classes = np.sum(runs[0]["test"]["confusion_matrix"], axis=1)
     print(f"Test:     accuracy {accuracy}, F1 {f1} (percent, mean ± sd over seeds {config.seeds})")
+    print(f"          the most frequent class alone: accuracy {classes.max() / classes.sum():.1%}")
     if config.demo:
         print("This was the demo, on generated reviews with a tiny model: its figures mean nothing.")
+    print(f"Models:   {', '.join(str(output_dir / f'seed_{seed}' / 'model') for seed in config.seeds)}")
+    print(f"Record:   {place / 'results.json'}, with bar_chart.png and line_chart.png beside it")
     return record
+
+
+def is_published(config, fingerprint: str, folder: Path) -> bool:
+    """Whether a run is of all the published reviews on the published backbone, its output in `folder`/runs.
+    fingerprint: of the reviews."""
+    part = config.demo or config.max_train_samples or config.max_test_samples
+    here = Path(config.output_dir).parent == (folder / "runs").resolve()
+    return here and not part and fingerprint == PUBLISHED[1] and weights_sha256(config) == PUBLISHED[0]
+
+
+def weights_sha256(config) -> str | None:
+    """Of the backbone's weights; None where they are spread over several files."""
+    optional = {"revision": config.model_revision, "_raise_exceptions_for_missing_entries": False}
+    file = cached_file(config.model, "model.safetensors", **optional)
+    return file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def spread(summary: dict, scale: float = 0.01, decimals: int = 1) -> str:
@@ -156,8 +184,6 @@ def summarize(values: list[float]) -> dict:
 def make_record(method: str, argv, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
     """The content of results.json. argv: as of `command_line`."""
     trainable, total = runs[0]["trainable_parameters"], runs[0]["total_parameters"]
-    optional = {"revision": config.model_revision, "_raise_exceptions_for_missing_entries": False}
-    weights = cached_file(config.model, "model.safetensors", **optional)  # None: they are spread over several files
     return {
         "method": method,
         "command": command_line(f"{method}/train.py", argv),
@@ -166,7 +192,7 @@ def make_record(method: str, argv, config, data: DatasetDict, fingerprint: str, 
         "model": {
             "name": public_name(config.model),
             "revision": config.model_revision,
-            "weights_sha256": weights and hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
+            "weights_sha256": weights_sha256(config),
             "total_parameters": total,
             "trainable_parameters": trainable,
             "trainable_percent": 100 * trainable / total,

@@ -103,7 +103,14 @@ def build(method, folder: Path, seed: int = 0, **flags):
 
 
 def make_trainer(
-    method, folder: Path, output_dir: Path, tokens, torch_compile=False, flags: dict | None = None, **changes
+    method,
+    folder: Path,
+    output_dir: Path,
+    tokens,
+    torch_compile=False,
+    class_weights="none",
+    flags: dict | None = None,
+    **changes,
 ) -> ReviewTrainer:
     """A trainer as in the scripts, with few and small steps. flags: for the model; changes: for TrainingArguments."""
     model, _, options = build(method, folder, **flags or {})
@@ -117,6 +124,7 @@ def make_trainer(
         eval_dataset={"train": training_sample(tokens), "validation": tokens["validation"]},
         processing_class=transformers.AutoTokenizer.from_pretrained(folder),
         compute_metrics=validation_scores,
+        class_weights=class_weights,
         **options,
     )
 

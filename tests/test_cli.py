@@ -46,7 +46,7 @@ def test_defaults():
     assert (config.max_length, config.seeds, config.report_to) == (512, [0, 1, 2], "none")
     assert config.max_train_samples is config.max_test_samples is None
     assert config.resume is config.demo is False
-    assert config.output_dir == str(FOLDER / "runs")
+    assert config.output_dir == str(FOLDER / "runs" / "imdb")
 
 
 def test_dashes_are_as_good_as_underscores():

@@ -62,7 +62,7 @@ def test_global_random_state_is_untouched(tmp_path):
 @pytest.mark.parametrize(("split", "count"), [("train", 2000), ("test", 500)])
 def test_labels_are_balanced(rows, split, count):
     labels = [row["label"] for row in rows[split]]
-    assert labels.count(0) == labels.count("positive") == count / 2 == len(labels) / 2
+    assert labels.count("negative") == labels.count("positive") == count / 2 == len(labels) / 2
 
 
 def test_no_text_comes_twice(rows):

@@ -83,8 +83,9 @@ def test_a_mutated_copy_is_not_alike(old, new):
 
 def test_every_flag_is_explained_and_in_the_same_order(method):
     assert all(flag.metadata["help"].endswith((".", "]")) for flag in fields(method.Config))
-    assert [flag.name for flag in fields(method.Config)][:19] == [
-        *("model", "model_revision", "dataset", "dataset_revision", "max_length", "epochs", "batch_size"),
+    assert [flag.name for flag in fields(method.Config)][:22] == [
+        *("model", "model_revision", "dataset", "dataset_revision", "text_column", "label_column", "class_weights"),
+        *("max_length", "epochs", "batch_size"),
         *(
             "gradient_accumulation_steps",
             "gradient_checkpointing",
@@ -200,7 +201,7 @@ def test_demo_does_the_whole_job(name, demos):
         assert (folder / chart).read_bytes().startswith(b"\x89PNG")
     for title in ("Backbone", "Trains", "Frozen", "Reviews", "Device", "Record", "Models", "Test"):
         assert f"\n{title}: " in "\n" + result.stdout
-    assert "This was the demo" in result.stdout.splitlines()[-1]
+    assert "This was the demo" in result.stdout and result.stdout.splitlines()[-1].startswith("Record: ")
     frozen = next(line for line in result.stdout.splitlines() if line.startswith("Frozen:"))
     assert frozen.endswith(", in float32" + ", 4 bits" * (name == "PEFT_QLORA"))
 
@@ -324,7 +325,7 @@ def test_the_readmes_snippet_loads_what_was_trained(tmp_path, backbones, monkeyp
     watched = small_run("PEFT_LORA", tmp_path / "runs", "--model", "llama")
     monkeypatch.chdir(ROOT)
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    snippet = snippet.replace("PEFT_LORA/runs/seed_0/model", str(watched.folder))
+    snippet = snippet.replace("PEFT_LORA/runs/imdb/seed_0/model", str(watched.folder))
     assert SENTENCE in snippet
     for text, expected in zip((SENTENCE, LONG), watched.looks[0][2], strict=True):
         loaded = {}
@@ -491,9 +492,14 @@ def test_a_partial_run_leaves_published_charts_alone(tmp_path, demo, monkeypatch
     runs = method.main([*flags, "1", "--max_train_samples", "200"])["runs"]
     assert runs[0]["epochs"][0]["validation_loss"] != runs[1]["epochs"][0]["validation_loss"], "another head"
     assert not (tmp_path / "METHOD" / "results.json").exists()
-    assert (tmp_path / "METHOD" / "runs" / "partial" / "results.json").exists()
+    assert (tmp_path / "METHOD" / "runs" / f"{tmp_path.name}_partial" / "results.json").exists()
     method.main([*flags, "--output_dir", str(tmp_path / "elsewhere")])
     assert not (tmp_path / "METHOD" / "results.json").exists()
+    record = method.main(flags)
+    assert (tmp_path / "METHOD" / "runs" / tmp_path.name / "results.json").exists()
+    assert not (tmp_path / "METHOD" / "results.json").exists(), "other data, another backbone"
+    sums = record["model"]["weights_sha256"], record["dataset"]["sha256"]
+    monkeypatch.setattr("common.record.PUBLISHED", sums)
     method.main(flags)
     assert {path.name for path in (tmp_path / "METHOD").iterdir()} == {
         *("results.json", "bar_chart.png", "line_chart.png", "runs"),

@@ -1,11 +1,13 @@
 """The sweep's variants change what their names say, and its record holds what validation says."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import import_method, make_trainer
 from torch import nn
 
+from common.record import PUBLISHED
 from common.study import sweep
 
 
@@ -31,10 +33,11 @@ def test_dropout_in_the_frozen_blocks_is_active_in_training(name, variant, activ
 
 def test_the_record_holds_every_combination(tmp_path, monkeypatch):
     class Method:
-        commands = ()
+        commands, reviews = (), PUBLISHED[1]
 
         def main(self, argv):
             self.commands += (argv,)
+            Path(argv[-1]).mkdir(parents=True)
             best = {"epoch": 1, "validation_accuracy": 0.8 + 0.1 * len(self.commands), "validation_loss": 0.5}
             runs = [
                 {"best_epoch": 1, "epochs": [{"epoch": 0}, best], "train_seconds": 2.0, "peak_memory_bytes": 5},
@@ -42,7 +45,8 @@ def test_the_record_holds_every_combination(tmp_path, monkeypatch):
             ]
             return {
                 "runs": runs,
-                "model": {"trainable_parameters": 7},
+                "model": {"trainable_parameters": 7, "weights_sha256": PUBLISHED[0]},
+                "dataset": {"sha256": self.reviews},
                 "config": {"demo": False, "max_train_samples": None},
             }
 
@@ -56,5 +60,10 @@ def test_the_record_holds_every_combination(tmp_path, monkeypatch):
         ["2e-3", "a+b", 7, 3.0, 6, pytest.approx(1.0), 0.5, [1, 0]],
     ]
     first, _ = method.commands
+    method.reviews = "0" * 64
+    sweep.main(["PEFT_LORA", "--epochs=1"])
+    assert [*tmp_path.rglob("*_sweep_epochs.json")] == [
+        tmp_path / "runs/PEFT_LORA/sweep_epochs/PEFT_LORA_sweep_epochs.json"
+    ]
     assert first[:-1] == "--seeds 0 1 --learning_rate 1e-3 --target_modules a b --output_dir".split()
     assert record["command"].startswith("python -m common.study.sweep PEFT_LORA --learning_rate=1e-3,2e-3")

@@ -246,6 +246,25 @@ def groups_by_name(trainer) -> dict[str, dict]:
     return {names[id(weight)]: group for group in trainer.optimizer.param_groups for weight in group["params"]}
 
 
+@pytest.mark.parametrize("method", ["NEW_HEAD", "LAST_LAYER", "PEFT_LORA", "PEFT_QLORA"])
+def test_balanced_classes_weigh_as_much_as_each_other(method, backbones, tokens, tmp_path):
+    """As if every text of the rare class were there five times."""
+    rows = np.array(tokens["train"]["labels"][:])
+    rare, frequent = np.flatnonzero(rows == 0)[:10], np.flatnonzero(rows == 1)[:50]
+    lopsided = tokens | {"train": tokens["train"].select([*rare, *frequent])}
+    even = tokens | {"train": tokens["train"].select([*list(rare) * 5, *frequent])}
+    moved = {}
+    for name, data in (("balanced", lopsided), ("none", even), ("unweighted", lopsided)):
+        batch = {"per_device_train_batch_size": 128, "num_train_epochs": 1, "warmup_steps": 0}
+        options = {"class_weights": name} if name == "balanced" else {}
+        trainer = make_trainer(method, backbones["bert"], tmp_path, datasets.DatasetDict(data), **options, **batch)
+        set_dropout(trainer.model, 0.0)
+        trainer.train()
+        moved[name] = trainer.predict(tokens["validation"]).predictions
+    np.testing.assert_allclose(moved["balanced"], moved["none"], atol=1e-4)
+    assert not np.allclose(moved["balanced"], moved["unweighted"], atol=1e-3)
+
+
 def test_one_process_uses_one_gpu(demo, tokens, tmp_path, monkeypatch):
     seen = property(lambda args: vars(args).get("_n_gpu") or 2)  # two GPUs: Trainer would spread batches over both
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", seen)

@@ -49,7 +49,7 @@ def publish(folder: Path, argv: list[str] | None, config, data, fingerprint: str
     """Write the record, without charts; returns it."""
     record = make_record(folder.name, argv, config, data, fingerprint, runs)
     record["command"] = command_line("-m common.study.full_fine_tuning", argv)
-    path = record_path("full_fine_tuning", config, folder)
+    path = record_path("full_fine_tuning", config, fingerprint, folder)
     write_json(record, path)
     print(f"Record:   {path}\nTest:     accuracy {spread(record['summary']['test_accuracy'])} (percent)")
     return record

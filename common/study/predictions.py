@@ -88,10 +88,10 @@ def main(argv: list[str] | None = None) -> dict:
     """Write the record of one method; returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=[*METHODS, "full_fine_tuning"])
-    parser.add_argument("--runs", type=Path, help="Folder with seed_*/logits.npz. [runs/ beside the script]")
+    parser.add_argument("--runs", type=Path, help="Folder with seed_*/logits.npz. [runs/imdb beside the script]")
     args = parser.parse_args(argv)
     method = full_fine_tuning if args.method == "full_fine_tuning" else script(args.method)
-    folder = args.runs or method.FOLDER / "runs"
+    folder = args.runs or method.FOLDER / "runs" / "imdb"
     files = sorted(folder.glob("seed_*/logits.npz"))
     if not files:
         parser.error(f"--runs {folder}: has no seed_*/logits.npz; a full run of {args.method}/train.py leaves them")

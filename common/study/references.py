@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> dict:
     for row in record["rows"]:
         print(f"{row['name']:<30}{100 * row['accuracy']:.2f}", row.get("C", ""))
     print(record["test_texts_in_train"])
-    write_json(record, record_path("references", config, FOLDER))
+    write_json(record, record_path("references", config, fingerprint, FOLDER))
     return record
 
 

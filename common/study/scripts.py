@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from common.cli import fit_to_size, parse_config
 from common.data import load_reviews, stratified_rows, tokenize
 from common.model import load_tokenizer
+from common.record import is_published
 
 HERE = Path(__file__).parent
 METHODS = ("NEW_HEAD", "LAST_LAYER", "PEFT_LORA", "PEFT_QLORA")
@@ -54,9 +55,7 @@ def prepare(method: ModuleType, reviews: DatasetDict, flags: list[str]) -> dict:
     }
 
 
-def record_path(name: str, config, folder: Path) -> Path:
-    """Where the record of a study with a script's flags goes: common/study/<name>.json for a full run with the default
-    --output_dir, which is in `folder`; else --output_dir."""
-    part = config.demo or config.max_train_samples or config.max_test_samples
-    place = Path(config.output_dir)
-    return (place if part or place != folder / "runs" else HERE) / f"{name}.json"
+def record_path(name: str, config, fingerprint: str, folder: Path) -> Path:
+    """Where the record of a study with a script's flags goes: common/study/<name>.json for a run like the published
+    ones, else --output_dir. The others: as of `is_published`."""
+    return (HERE if is_published(config, fingerprint, folder) else Path(config.output_dir)) / f"{name}.json"

@@ -27,7 +27,7 @@ from peft import LoraConfig
 from common.cli import run
 from common.files import write_json
 from common.model import switch_off_dropout
-from common.record import command_line, environment
+from common.record import PUBLISHED, command_line, environment
 from common.study import full_fine_tuning
 from common.study.scripts import HERE, METHODS, script
 
@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> dict:
         content["results"].append(title | validation_result(record))
         print(content["results"][-1], flush=True)
         part = record["config"]["demo"] or record["config"]["max_train_samples"]
+        part = part or (record["model"]["weights_sha256"], record["dataset"]["sha256"]) != PUBLISHED
         write_json(content, (folder.parent if part else HERE) / f"{name}_{kind}.json")
     return content
 
