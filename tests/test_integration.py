@@ -1,6 +1,5 @@
 """The main job on real reviews with the real backbone, small: where MODEL_DIR and IMDB_DIR name them."""
 
-import functools
 import os
 
 import pytest
@@ -11,7 +10,13 @@ TRAINABLE = {"NEW_HEAD": 148_610, "LAST_LAYER": 1_923_074, "PEFT_LORA": 296_066,
 pytestmark = pytest.mark.skipif(
     "MODEL_DIR" not in os.environ or "IMDB_DIR" not in os.environ, reason="MODEL_DIR and IMDB_DIR are not set"
 )
-load_once = functools.cache(load_reviews)  # 50,000 reviews take longer to read than a few hundred to train on
+LOADED = []  # 50,000 reviews take longer to read than a few hundred to train on
+
+
+def load_once(config, seed):
+    if not LOADED:
+        LOADED.append(load_reviews(config, seed))
+    return LOADED[0]
 
 
 def test_every_method_learns_from_a_few_real_reviews(method, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from common import metrics
+from common import metrics, predict
 from common.cli import UserError
 from common.data import load_reviews, tokenize
 from common.trainer import ReviewTrainer
@@ -314,9 +315,9 @@ def test_a_whole_model_frozen_in_bf16_loads_anywhere(name, architecture, backbon
             assert model(**ids).logits[0].tolist() == pytest.approx(watched.looks[0][2][0], rel=0.02, abs=0.02)
 
 
-def test_the_readmes_snippet_loads_what_was_trained(tmp_path, backbones, monkeypatch):
-    """Here a decoder in bf16 that knows no padding token, named by a path that is relative to another folder; of two
-    texts, one is longer than the model's positions."""
+def test_what_the_readme_says_labels_what_was_trained(tmp_path, backbones, monkeypatch, capsys):
+    """Its commands, and its snippet on what they merged. Here a decoder in bf16 that knows no padding token, named by
+    a path that is relative to another folder; of two texts, one is longer than the model's positions."""
     backbone = AutoModel.from_pretrained(backbones["llama"], dtype=torch.bfloat16)
     backbone.config.pad_token_id, backbone.config.max_position_embeddings = None, 64
     for part in (backbone, AutoTokenizer.from_pretrained(backbones["llama"])):
@@ -324,14 +325,26 @@ def test_the_readmes_snippet_loads_what_was_trained(tmp_path, backbones, monkeyp
     monkeypatch.chdir(tmp_path)
     watched = small_run("PEFT_LORA", tmp_path / "runs", "--model", "llama")
     monkeypatch.chdir(ROOT)
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    snippet = snippet.replace("PEFT_LORA/runs/imdb/seed_0/model", str(watched.folder))
-    assert SENTENCE in snippet
-    for text, expected in zip((SENTENCE, LONG), watched.looks[0][2], strict=True):
-        loaded = {}
-        exec(snippet.replace(SENTENCE, text), loaded)
-        assert loaded["logits"][0].tolist() == pytest.approx(expected, abs=1e-4)
-        assert loaded["model"].config.pad_token_id == loaded["tokenizer"].pad_token_id
+    readme, places = (ROOT / "README.md").read_text(), {"path/to/merged": str(tmp_path / "merged")}
+    places |= {f"{name}/runs/imdb/seed_0/model": str(watched.folder) for name in METHODS}
+    commands = [shlex.split(line)[3:] for line in readme.splitlines() if line.startswith("python -m common.predict ")]
+    (label,) = (words for words in commands if SENTENCE in words)
+    (merge,) = (words for words in commands if "--merge" in words)
+    capsys.readouterr()
+    predict.main([places.get(word, word) for word in [*label, LONG, "--json"]])
+    labelled = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    predict.main([places.get(word, word) for word in merge])
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert SENTENCE in snippet and "path/to/merged" in snippet
+    snippet = snippet.replace("path/to/merged", places["path/to/merged"])
+    for text, logits, found in zip((SENTENCE, LONG), watched.looks[0][2], labelled, strict=True):
+        shares = torch.tensor(logits).softmax(-1).tolist()
+        assert list(found["probabilities"].values()) == pytest.approx(shares, abs=1e-5)
+        capsys.readouterr()
+        exec(snippet.replace(SENTENCE, text.replace("<br />", " ")), {})
+        (answer,) = ast.literal_eval(capsys.readouterr().out)
+        assert answer["label"] == found["label"] == ("negative", "positive")[shares[1] > shares[0]]
+        assert answer["score"] == pytest.approx(max(shares), abs=1e-5)
 
 
 def test_a_saved_tokenizer_truncates_as_in_training(small_runs):
