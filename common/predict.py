@@ -114,7 +114,7 @@ def read_rows(path: Path) -> Iterator[dict]:
                 yield from (json.loads(line) for line in file if line.strip())
             else:
                 csv.field_size_limit(2**31 - 1)  # characters; by default a text has at most 131,072
-                yield from csv.DictReader(file, delimiter=_delimiter(path), restval="", strict=True)
+                yield from csv.DictReader(file, delimiter=_delimiter(path), strict=True)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"--file {path}: cannot be read ({str(error).splitlines()[0]})") from error
 

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import METHODS, import_method
+from conftest import METHODS, SIZES, import_method, write_random_backbone
 from pyarrow import parquet
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, BertConfig, pipeline
 
 from common import predict
 from common.cli import UserError
@@ -205,13 +205,14 @@ def test_a_backbone_has_no_trained_head(demo):
 
 
 @pytest.mark.parametrize("name", ["PEFT_LORA", "PEFT_QLORA"])
-def test_a_backbone_that_moved_is_asked_for(name, models, label, demo, monkeypatch, backbones):
-    folder = models[name]
+def test_a_backbone_that_moved_is_asked_for(name, models, label, demo, backbones, tmp_path):
+    folder, sizes = models[name], SIZES | {"hidden_size": 32}
+    narrow = write_random_backbone(tmp_path / "narrow", demo[0], BertConfig(vocab_size=58, **sizes))
     before = label(folder, *TEXTS)
     generated = folder.parents[1] / "generated"
     generated.rename(generated.with_name("moved"))
     try:
-        for flags in ([], ["--backbone", str(backbones["distilbert"])]):
+        for flags in ([], *(["--backbone", str(other)] for other in (narrow, backbones["distilbert"]))):
             with pytest.raises(UserError, match=r"its backbone .* does not fit .* --backbone") as caught:
                 predict.main([str(folder), "fine", *flags])
             assert "\n" not in str(caught.value) and (flags or [str(generated / "tiny-bert")])[-1] in str(caught.value)
