@@ -72,7 +72,7 @@ def comparison_figure(records: list[dict], references: dict[str, float]) -> Figu
     minutes.set_xmargin(0.8)
     seeds, device = len(first["runs"]), first["environment"]["gpu"] or "a CPU"
     sizes = f"{first['dataset']['train']:,} training and {first['dataset']['test']:,} test reviews"
-    caption = f"Means and sd over {seeds} seeds, on {device}; {sizes}"
+    caption = f"Means and sd over {seeds} seed{'s' * (seeds > 1)}, on {device}; {sizes}"
     for axes, side, columns, title in ((accuracy, "left", 3, caption), (memory, "right", 2, "Peak memory")):
         handles, labels = axes.get_legend_handles_labels()
         once = dict(zip(labels, handles, strict=True))  # every row brings the same labels

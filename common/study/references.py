@@ -22,11 +22,11 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from common.cli import parse_config, run
-from common.data import clean, load_reviews, tokenize
+from common.data import clean, tokenize
 from common.files import write_json
 from common.model import compute_dtype, load_tokenizer
 from common.record import command_line, environment
-from common.study.scripts import HERE, record_path, script
+from common.study.scripts import HERE, record_path, reviews_of, script
 from common.trainer import ReviewTensors, longest_first
 
 FOLDER = HERE / "runs" / "references"
@@ -94,8 +94,8 @@ def frozen_backbone(config: Config) -> PreTrainedModel:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def linear_probes(config: Config, tokenizer, data: DatasetDict, labels: dict[str, list[int]]) -> dict[str, dict]:
-    """Logistic regression on each of `backbone_features`. data: tokenised reviews by split."""
+def linear_probes(config, tokenizer, data: DatasetDict, labels: dict, kinds=("cls", "mean")) -> dict[str, dict]:
+    """Logistic regression on these kinds of `backbone_features`. data: tokenised reviews by split; labels: too."""
     model = frozen_backbone(config)
     size = 256 if torch.cuda.is_available() else 32
     splits = {split: backbone_features(model, rows, tokenizer.pad_token_id, size) for split, rows in data.items()}
@@ -106,7 +106,7 @@ def linear_probes(config: Config, tokenizer, data: DatasetDict, labels: dict[str
             (0.001, 0.01, 0.1, 1),
             StandardScaler(),
         )
-        for name in ("cls", "mean")
+        for name in kinds
     }
 
 

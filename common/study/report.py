@@ -50,6 +50,15 @@ def results(root: Path, folders: list[str]) -> str:
     if full := read(study / "full_fine_tuning.json"):
         records.append(full)
         pages.append(f"[{full['method']}](common/study/full_fine_tuning.py)")
+    return (
+        "![comparison of the methods](common/study/comparison.png)\n\n"
+        f"{results_table(records, pages, reference_rows(root))}"
+    )
+
+
+def results_table(records: list[dict], pages: list[str], references: list[dict]) -> str:
+    """A row for each results.json, titled by its link in `pages`, and below them one for each reference; before the
+    table a sentence on its units. references: "name" and "accuracy" of each."""
     rows = [
         [
             page,
@@ -62,13 +71,12 @@ def results(root: Path, folders: list[str]) -> str:
         ]
         for page, record in zip(pages, records, strict=True)
     ]
-    rows += [[row["name"], "", f"{100 * row['accuracy']:.1f}", *[""] * 6] for row in reference_rows(root)]
+    rows += [[row["name"], "", f"{100 * row['accuracy']:.1f}", *[""] * 6] for row in references]
     header = "method,trainable parameters,test accuracy,F1,gain,peak memory (GB),training (s),reviews/s,saved (MB)"
     seeds, device = len(records[0]["runs"]), records[0]["environment"]["gpu"] or "CPU"
     return (
-        "![comparison of the methods](common/study/comparison.png)\n\n"
-        f"Accuracy, F1 and gain in percent; mean ± standard deviation over {seeds} seeds, on one {device}. Gain is "
-        f"the accuracy after training less the accuracy before.\n\n{table(header, rows)}"
+        f"Accuracy, F1 and gain in percent; mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}, on one {device}. "
+        f"Gain is the accuracy after training less the accuracy before.\n\n{table(header, rows)}"
     )
 
 
@@ -382,12 +390,17 @@ def predictions(root: Path, folders: list[str]) -> list[dict]:
 
 def differences(root: Path, folders: list[str]) -> str:
     """By how much each method is above the next one, with its interval."""
+    return difference_lines(predictions(root, folders)) or UNMEASURED
+
+
+def difference_lines(records: list[dict]) -> str:
+    """A line for each pair of neighbours. records: of common/study/predictions.py, most accurate method first."""
     lines = []
-    for better, worse in pairwise(predictions(root, folders)):
+    for better, worse in pairwise(records):
         points, low, high = compare(better, worse)
         pair, doubt = f"{better['method']} over {worse['method']}", ": no difference that these runs can show"
         lines.append(f"- {pair}: {points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}{doubt * (low <= 0)}.\n")
-    return "".join(lines) or UNMEASURED
+    return "".join(lines)
 
 
 def calibration(root: Path, folders: list[str]) -> str:
