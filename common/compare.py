@@ -10,6 +10,7 @@ same split, that of the first seed. The report begins with a recommendation.
 """
 
 import argparse
+import math
 import re
 import subprocess
 import sys
@@ -65,22 +66,20 @@ def run_script(name: str, flags: list[str]) -> str | None:
             process.terminate()
             process.communicate()
             raise
-    lines = tail.decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    last = tail.decode(errors="replace").strip().rpartition("\n")[2]
     return f"{without_folders(last)} (exit status {process.returncode})" if process.returncode else None
 
 
 def run_scripts(configs: dict, flags: dict[str, list[str]], fingerprint: str) -> dict[str, str]:
     """Run what is not finished. configs, flags: by method. Returns the errors of those that failed, by method."""
-    done = {name for name, config in configs.items() if is_finished(name, config, fingerprint)}
+    todo = [name for name, config in configs.items() if not is_finished(name, config, fingerprint)]
     errors, seconds = {}, []
-    for number, name in enumerate(configs, 1):
-        if name in done:
-            print(f"[{number}/{len(configs)}] {name}: finished by an earlier run", flush=True)
-            continue
-        left = mean(seconds) * len([*configs][number - 1 :]) if seconds else 0
+    if len(todo) < len(configs):
+        print(f"Finished by an earlier run: {', '.join(name for name in configs if name not in todo)}", flush=True)
+    for number, name in enumerate(todo):
+        left = mean(seconds or [0]) * len(todo[number:])
         about = f"{left / 60:.0f} minutes" if left >= 90 else f"{left:.0f} seconds"
-        print(f"[{number}/{len(configs)}] {name}" + f"; about {about} to go" * bool(seconds), flush=True)
+        print(f"[{number + 1}/{len(todo)}] {name}" + f"; about {about} to go" * (left > 0), flush=True)
         started = time.perf_counter()
         if error := run_script(name, flags[name]):
             errors[name] = error
@@ -144,45 +143,36 @@ def recommend(records: dict[str, dict], answers: dict[str, dict], references: li
 
 
 def confusion_figure(records: list[dict], classes: list[str]) -> Figure:
-    """A panel for each record: its confusion matrix, mean over the seeds, in texts."""
+    """A panel for each record: test texts by true and predicted class, mean over the seeds."""
     columns = min(len(records), 2)
-    side = min(2.6 + 0.35 * len(classes), 12)  # inches
-    lines = -(-len(records) // columns)
-    demo = records[0]["config"]["demo"]
-    title = "What is taken for what: test texts, mean over seeds"
-    figure = page(title, (max(columns * side, 6), lines * side + 0.8), demo)
+    rows, side = math.ceil(len(records) / columns), min(2.6 + 0.35 * len(classes), 12)  # inches
+    size = max(columns * side, 6), rows * side + 0.8
+    figure = page("Test texts by true and predicted class", size, records[0]["config"]["demo"])
     names = [textwrap.shorten(name, 20, placeholder="…").replace("$", r"\$") for name in classes]
-    for axes, record in zip(figure.subplots(lines, columns, squeeze=False).flat, records, strict=False):
+    for number, record in enumerate(records, 1):
+        axes = figure.add_subplot(rows, columns, number, title=record["method"])
         counts = np.mean([found["test"]["confusion_matrix"] for found in record["runs"]], axis=0)
-        picture = ConfusionMatrixDisplay(counts, display_labels=names)
-        few = len(classes) <= 20  # of more the figures would not be readable
-        picture.plot(ax=axes, cmap="Blues", colorbar=False, values_format=",.0f", include_values=few)
-        axes.set_title(record["method"], size=10)
+        few = len(classes) <= 20  # the figures of more could not be read
+        look = {"cmap": "Blues", "colorbar": False, "values_format": ",.0f", "include_values": few}
+        ConfusionMatrixDisplay(counts, display_labels=names).plot(ax=axes, **look)
         axes.set(xlabel="predicted", ylabel="true")
         axes.tick_params("x", rotation=90 * (len(classes) > 3))
-    for axes in figure.axes[len(records) :]:
-        axes.remove()
     return figure
 
 
 def by_class(logits: dict[str, np.ndarray], labels: np.ndarray, classes: list[str]) -> str:
     """A table: a row for each class; for each method precision, recall and F1 in percent, of all seeds' answers.
     logits: by method, (seeds, reviews, classes); labels: (reviews,)."""
+    options = {"labels": range(len(classes)), "output_dict": True, "zero_division": 0}
     scores = {
-        name: classification_report(
-            np.tile(labels, len(found)),
-            found.argmax(axis=2).ravel(),
-            labels=range(len(classes)),
-            output_dict=True,
-            zero_division=0,
-        )
+        name: classification_report(np.tile(labels, len(found)), found.argmax(axis=2).ravel(), **options)
         for name, found in logits.items()
     }
     rows = []
     for number, title in enumerate(classes):
         found = [score[str(number)] for score in scores.values()]
         cells = [" / ".join(f"{100 * row[key]:.1f}" for key in ("precision", "recall", "f1-score")) for row in found]
-        rows.append([plain(title), f"{(labels == number).sum():,}", *cells])
+        rows.append([plain(title), f"{np.sum(labels == number):,}", *cells])
     return table(["class", "test texts", *scores], rows)
 
 

@@ -9,7 +9,7 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from common.plotting import BLUE, GREY, ORANGE, PALE, RED, SKY, limits, page, save, style
 from common.record import spread, summarize
@@ -68,6 +68,7 @@ def comparison_figure(records: list[dict], references: dict[str, float]) -> Figu
     accuracy.set_yticks(range(len(records)), [record["method"] for record in records])
     accuracy.xaxis.set(major_locator=MaxNLocator(8, steps=[1, 2, 5, 10]), major_formatter=PercentFormatter(1, 0))
     parameters.set(xscale="log", xmargin=0.35)
+    parameters.xaxis.set_minor_formatter(NullFormatter())  # within a power of ten their numbers would overlap
     memory.set_xmargin(0.25)
     minutes.set_xmargin(0.8)
     seeds, device = len(first["runs"]), first["environment"]["gpu"] or "a CPU"

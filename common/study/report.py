@@ -75,8 +75,8 @@ def results_table(records: list[dict], pages: list[str], references: list[dict])
     header = "method,trainable parameters,test accuracy,F1,gain,peak memory (GB),training (s),reviews/s,saved (MB)"
     seeds, device = len(records[0]["runs"]), records[0]["environment"]["gpu"] or "CPU"
     return (
-        f"Accuracy, F1 and gain in percent; mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}, on one {device}. "
-        f"Gain is the accuracy after training less the accuracy before.\n\n{table(header, rows)}"
+        f"Accuracy, F1 and gain in percent; mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}, on one "
+        f"{device}. Gain is the accuracy after training less the accuracy before.\n\n{table(header, rows)}"
     )
 
 
