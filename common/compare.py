@@ -28,7 +28,7 @@ from sklearn.metrics import ConfusionMatrixDisplay, classification_report
 from transformers import HfArgumentParser
 
 from common.cli import fit_to_size, parse_config, run
-from common.data import clean, tokenize
+from common.data import clean, load_reviews, tokenize
 from common.files import public_name, whole_file, write_json
 from common.model import load_tokenizer
 from common.plotting import DEMO, page, save
@@ -38,7 +38,7 @@ from common.study.labels import BAG, PROBE
 from common.study.predictions import compare, describe
 from common.study.references import linear_probes, majority_class, tfidf
 from common.study.report import advice, charts, difference_lines, read, results_table, table
-from common.study.scripts import METHODS, reviews_of, script
+from common.study.scripts import METHODS, script
 from common.trainer import longest_first
 
 MAJORITY = "majority class"
@@ -269,13 +269,13 @@ def main(argv: list[str] | None = None) -> str:
     for name in args.methods:  # a wrong flag is refused in the name of the script that does not know it
         known = HfArgumentParser(script(name).Config, prog=f"{name}/train.py", allow_abbrev=False)
         given = known.parse_args(flags)
-    data_name = "demo" if given.demo else Path(public_name(given.dataset)).name
+    data_name = "demo" if given.demo else Path(public_name(given.dataset)).name.split(".")[0]
     place = Path(args.output_dir or ROOT / "runs" / "compare" / data_name).expanduser().resolve()
     flags = {name: [*flags, "--output_dir", str(place / name)] for name in args.methods}
     configs = {name: parse_config(script(name).Config, script(name).FOLDER, own) for name, own in flags.items()}
     config = next(iter(configs.values()))
     tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
-    reviews, fingerprint = reviews_of(config)  # what cannot be read is refused here, before any training
+    reviews, fingerprint = load_reviews(config, config.seeds[0])  # what cannot be read is refused before any training
     size = len(reviews["train"]) + len(reviews["validation"])
     configs = {name: fit_to_size(own, size) for name, own in configs.items()}
     place.mkdir(parents=True, exist_ok=True)

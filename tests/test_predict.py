@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import METHODS, SIZES, import_method, write_random_backbone
+from conftest import METHODS, SIZES, import_method, read_reviews, write_random_backbone
 from pyarrow import parquet
 from transformers import AutoTokenizer, BertConfig, pipeline
 
 from common import predict
 from common.cli import UserError
-from common.data import load_reviews, tokenize
+from common.data import tokenize
 from common.trainer import longest_first
 
 TEXTS = ["The plot is dull, but the acting saves it.", "What a funny film!<br /><br />"]
@@ -52,7 +52,7 @@ def shares(found: list[dict]) -> np.ndarray:
 def test_the_answers_are_those_of_training(name, models, label, monkeypatch, tmp_path):
     """To rounding, whatever the size of the parts; some of the texts are truncated, at the start."""
     generated = models[name].parents[1] / "generated" / "generated-reviews"
-    reviews, _ = load_reviews(str(generated), None, 200, 60, seed=0)
+    reviews, _ = read_reviews(str(generated), None, 200, 60)
     tokenizer = AutoTokenizer.from_pretrained(models[name])
     lengths = np.array(list(map(len, tokenize(reviews, tokenizer, 64)["test"]["input_ids"])))
     order = [row for batch in longest_first(lengths, 64) for row in batch]

@@ -22,11 +22,11 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from common.cli import parse_config, run
-from common.data import clean, tokenize
+from common.data import clean, load_reviews, tokenize
 from common.files import write_json
 from common.model import compute_dtype, load_tokenizer
 from common.record import command_line, environment
-from common.study.scripts import HERE, record_path, reviews_of, script
+from common.study.scripts import HERE, record_path, script
 from common.trainer import ReviewTensors, longest_first
 
 FOLDER = HERE / "runs" / "references"
