@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -138,8 +139,12 @@ def test_ctrl_c_ends_the_script_too_and_is_told_once(tmp_path, monkeypatch, capf
         "os.kill(os.getppid(), signal.SIGINT)\n"  # as Ctrl-C does to both
         "time.sleep(60)",
     )
-    with pytest.raises(SystemExit) as ended:
-        compare.run(lambda: compare.run_script("A", []))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(SystemExit) as ended:
+            compare.run(lambda: compare.run_script("A", []))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line == "Interrupted. The same command with --resume goes on after the last saved epoch."
