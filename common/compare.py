@@ -154,6 +154,7 @@ def confusion_figure(records: list[dict], classes: list[str]) -> Figure:
         counts = np.mean([found["test"]["confusion_matrix"] for found in record["runs"]], axis=0)
         few = len(classes) <= 20  # the figures of more could not be read
         look = {"cmap": "Blues", "colorbar": False, "values_format": ",.0f", "include_values": few}
+        look["im_kw"] = {"vmin": 0}  # else 44 beside 56 would be as pale as nothing
         ConfusionMatrixDisplay(counts, display_labels=names).plot(ax=axes, **look)
         axes.set(xlabel="predicted", ylabel="true")
         axes.tick_params("x", rotation=90 * (len(classes) > 3))

@@ -228,6 +228,7 @@ def test_three_classes_in_table_and_picture(tmp_path):
     figure = compare.confusion_figure(records, classes)
     assert [axes.get_title() for axes in figure.axes] == ["A", "B", "C"]
     assert figure.axes[2].images[0].get_array().tolist() == [[1.5, 0.5, 0], [0, 1, 0], [0, 1, 0]]
+    assert {axes.images[0].get_clim()[0] for axes in figure.axes} == {0}
     assert figure.axes[0].get_ylabel() == "true" and figure.axes[0].get_xlabel() == "predicted"
     compare.save(figure, tmp_path / "confusion.png", records)
     assert imread(tmp_path / "confusion.png")[0, 0].tolist() == [1, 1, 1, 1]
