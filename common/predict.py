@@ -5,7 +5,7 @@
     python -m common.predict FOLDER --file texts.csv --text_column text --output labelled.csv
     python -m common.predict FOLDER --merge DEST
 
-FOLDER is <METHOD>/runs/seed_0/model. Texts are cleaned and truncated as in training. Files are read, labelled and
+FOLDER is <METHOD>/runs/<data>/seed_0/model. Texts are cleaned and truncated as in training. Files are read, labelled and
 written in parts, so their size does not matter. A label's probability is a column of --output.
 """
 
@@ -218,7 +218,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         scripts = [script.relative_to(ROOT) for script in sorted(ROOT.glob("*/train.py"))]
         scripts = [script for script in scripts if script.parent.name in args.folder.parts] or scripts
         ways = " or ".join(f"python {script}" for script in scripts)
-        raise UserError(f"{args.folder}: has no trained model; this leaves one in runs/seed_0/model: {ways}")
+        raise UserError(f"{args.folder}: has no trained model; this leaves one in runs/imdb/seed_0/model: {ways}")
     for name, path in (("file", args.file), ("output", args.output)):
         if path and path.suffix.lower() not in SUFFIXES:
             raise UserError(f"--{name} {path}: must be one of {', '.join(SUFFIXES)}")
