@@ -4,7 +4,6 @@ The default data set is the Large Movie Review Dataset (Maas et al., 2011, "Lear
 Analysis"): 25,000 training and 25,000 test reviews, half of them positive.
 """
 
-import csv
 import glob
 import hashlib
 import os
@@ -24,9 +23,7 @@ from common.hub import OFFLINE, check_hub
 IMDB_SHA256 = "6926d9298a1154bb239b57fdec17e037b09d709a3e58a9385bd9a72f333a0f0d"  # as `load_reviews` sums it
 ENOUGH_TO_CHOOSE = 200  # validation reviews; by fewer the best epoch is a matter of luck
 SPLITS = ("train", "validation", "test")
-COLUMNS = ("string", "large_string", "int64", "bool")  # types of texts and labels
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json"}  # of load_dataset
-AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}  # "NA" and "null" are texts; only nothing is missing
 # ValueError: also Arrow's errors, and what load_dataset says of a data set that needs a configuration.
 UNREADABLE = (DatasetGenerationError, ValueError, RuntimeError, tarfile.TarError, EOFError)
 
@@ -42,43 +39,42 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
     Raises UserError where the data set cannot be read or used.
     """
     source, sample = config.dataset, config.max_train_samples
-    splits = _read(source, config.dataset_revision)
-    splits, parts = _with_class_labels(splits, source, config.text_column, config.label_column), 10
-    note = ""
+    splits, parts, note = _with_class_labels(_read(source, config.dataset_revision), config), 10, ""
     if "test" not in splits:
-        everything, parts = splits["train"], 9  # of the rest: validation gets as many as test
-        held = held_out([digest[8:] for digest in _digests(everything)], everything["label"][:])
-        splits |= {"train": everything.select(np.flatnonzero(~held)), "test": everything.select(np.flatnonzero(held))}
-        note = ", split by the hash of the text"
+        splits["train"], splits["test"] = _divide(splits["train"], parts, first_byte=8)
+        parts, note = 9, ", split by the hash of the text"  # of the rest: validation gets as many as test
     digests = {name: _digests(rows) for name, rows in splits.items()}
-    labels = {name: rows["label"][:] for name, rows in splits.items()}
     listing = [
         f"{name} {digest.hex()} {label}"
-        for name in splits
-        for digest, label in zip(digests[name], labels[name], strict=True)
+        for name, rows in splits.items()
+        for digest, label in zip(digests[name], rows["label"][:], strict=True)
     ]
     fingerprint = hashlib.sha256("\n".join(sorted(listing)).encode()).hexdigest()
 
-    rows = stratified_rows(labels["train"], sample, seed)
-    held = held_out([digests["train"][row] for row in rows], [labels["train"][row] for row in rows], parts)
-    held &= "validation" not in splits
-    data = DatasetDict(
-        train=splits["train"].select(rows[~held]),
-        validation=splits.get("validation") or splits["train"].select(rows[held]),
-        test=splits["test"].select(stratified_rows(labels["test"], config.max_test_samples, seed=0)),
-    )
+    data = DatasetDict(train=_subset(splits["train"], sample, seed))
+    if "validation" in splits:
+        data["validation"] = splits["validation"]
+    else:
+        data["train"], data["validation"] = _divide(data["train"], parts)
+    data["test"] = _subset(splits["test"], config.max_test_samples, seed=0)
     if fingerprint == IMDB_SHA256:
         data = data.cast_column("label", ClassLabel(names=["negative", "positive"]))  # of 0 and 1
-    classes, seen = len(set(labels["train"])), len(set(data["validation"]["label"][:]))
-    if len(set(data["train"]["label"][:])) < 2 or not seen:
+    labels = {name: set(rows["label"][:]) for name, rows in data.items()}
+    if len(labels["train"]) < 2 or not labels["validation"]:
         flag = f"--max_train_samples {sample}" if sample else f"--dataset {source}"
         raise UserError(f"{flag}: leaves a class or validation without reviews; at least 100 are a start")
     counts = "{:,} training, {:,} validation and {:,} test texts".format(*map(len, data.values()))
-    copies, shared = len(labels["train"]) - len({*digests["train"]}), len({*digests["train"]} & {*digests["test"]})
+    different = set(digests["train"])
+    copies, shared = len(digests["train"]) - len(different), len(different.intersection(digests["test"]))
     PartialState().print(f"Data:     {counts}{note}; {copies:,} copies in train, {shared:,} texts in train and test")
-    if len(data["validation"]) < 50 or seen < classes:
+    few, seen, classes = (
+        len(data["validation"]),
+        len(labels["validation"]),
+        splits["train"].features["label"].num_classes,
+    )
+    if few < 50 or seen < classes:
         PartialState().print(
-            f"Warning:  {len(data['validation'])} validation texts, of {seen} of the {classes} classes, tell little; "
+            f"Warning:  {few} validation texts, of {seen} of the {classes} classes, tell little; "
             "label more, or bring a validation file"
         )
     return data, fingerprint
@@ -86,6 +82,16 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
 
 def _digests(rows: Dataset) -> list[bytes]:
     return [hashlib.sha256(text.encode()).digest() for text in rows["text"][:]]
+
+
+def _divide(rows: Dataset, parts: int, first_byte: int = 0) -> tuple[Dataset, Dataset]:
+    """The reviews without those held out, and those held out, by their digests from `first_byte` on."""
+    held = held_out([digest[first_byte:] for digest in _digests(rows)], rows["label"][:], parts)
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+
+
+def _subset(rows: Dataset, size: int | None, seed: int) -> Dataset:
+    return rows.select(stratified_rows(rows["label"][:], size, seed))
 
 
 def held_out(digests: list[bytes], labels: list[int], parts: int = 10) -> np.ndarray:
@@ -197,22 +203,16 @@ def _file_of(folder: Path, split: str) -> Path | None:
 
 def _read_file(file: Path) -> Dataset:
     """A table. Raises one of UNREADABLE for what is in it."""
-    suffix = file.suffix.lower()
+    builder, options = BUILDERS[file.suffix.lower()], {}
     try:
-        options = AS_WRITTEN | {"sep": _separator(file)} if BUILDERS[suffix] == "csv" else {}
-        return load_dataset(BUILDERS[suffix], data_files=glob.escape(str(file)), split="train", **options)
+        if builder == "csv":
+            with file.open(encoding="utf-8-sig") as lines:
+                separator = max(",;\t", key=lines.readline().count)
+            # "NA" and "null" are texts; only nothing is missing
+            options = {"sep": separator, "keep_default_na": False, "na_values": [""]}
+        return load_dataset(builder, data_files=glob.escape(str(file)), split="train", **options)
     except (*UNREADABLE, OSError, StopIteration) as error:  # the last of an empty file
         raise ValueError(f"{file.name}: {str(error.__cause__ or error) or 'is empty'}") from None
-
-
-def _separator(file: Path) -> str:
-    """What separates the columns: comma, semicolon or tab, by the first line."""
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        header = lines.readline()
-    try:
-        return csv.Sniffer().sniff(header, ",;\t").delimiter
-    except csv.Error:  # one column
-        return ","
 
 
 def _read_acl_imdb(path: Path, split: str) -> Dataset:
@@ -232,55 +232,45 @@ def _read_acl_imdb(path: Path, split: str) -> Dataset:
     return Dataset.from_list(rows, Features(text=Value("string"), label=ClassLabel(names=list(names))))
 
 
-def _with_class_labels(splits: dict, source: str, text_column: str, label_column: str) -> dict[str, Dataset]:
+def _with_class_labels(splits: dict[str, Dataset], config) -> dict[str, Dataset]:
     """The splits, checked, with columns `text` and `label` only and the same ClassLabel in all."""
-
-    def refuse(reason: str) -> None:
-        raise UserError(f"--dataset {source}: {reason}")
-
+    flag, text, label = f"--dataset {config.dataset}", config.text_column, config.label_column
     for split, rows in splits.items():
-        for column, kinds, kind in (
-            (text_column, ({str},), "text"),
-            (label_column, ({int}, {bool}, {str}), "integers or text"),
-        ):
+        for column, kinds, kind in (text, ({str},), "text"), (label, ({int}, {bool}, {str}), "integers or text"):
             if column not in rows.column_names:
                 there = f"it has: {', '.join(rows.column_names)}{_proposal(rows)}"
-                refuse(f"the {split} split has no column `{column}`; {there}")
+                raise UserError(f"{flag}: the {split} split has no column `{column}`; {there}")
             values = rows[column][:]
             missing = (None, -1) if isinstance(rows.features[column], ClassLabel) else (None,)
             for row in (row for row, value in enumerate(values) if value in missing):
-                refuse(f"row {row} of the {split} split has no {column}")
+                raise UserError(f"{flag}: row {row} of the {split} split has no {column}")
             if set(map(type, values)) not in kinds:
-                refuse(f"column `{column}` of the {split} split is not {kind}")
-    train = splits["train"].features[label_column]
-    classes = sorted(set(splits["train"][label_column][:]))
+                raise UserError(f"{flag}: column `{column}` of the {split} split is not {kind}")
+    train, classes = splits["train"].features[label], sorted(set(splits["train"][label][:]))
     if len(classes) < 2:
-        refuse(f"the train split has one class only, {classes[0]!r}; needs two or more")
+        raise UserError(f"{flag}: the train split has one class only, {classes[0]!r}; needs two or more")
     for split, rows in splits.items():
-        kind = rows.features[label_column]
+        kind = rows.features[label]
         if isinstance(train, ClassLabel) and isinstance(kind, ClassLabel) and train.names != kind.names:
-            refuse(f"numbers the classes {train.names} in train and {kind.names} in {split}")
-        for label in set(rows[label_column][:]) - set(classes):
-            refuse(f"label {label!r} of the {split} split is not in the train split, which has: {str(classes)[1:-1]}")
-    names = [train.int2str(label) if isinstance(train, ClassLabel) else str(label) for label in classes]
+            raise UserError(f"{flag}: numbers the classes {train.names} in train and {kind.names} in {split}")
+        for other in set(rows[label][:]) - set(classes):
+            there = f"the train split, which has: {str(classes)[1:-1]}"
+            raise UserError(f"{flag}: label {other!r} of the {split} split is not in {there}")
+    names = [train.int2str(number) for number in classes] if isinstance(train, ClassLabel) else list(map(str, classes))
     names = ["negative", "positive"] if names == ["neg", "pos"] else names
+    options = {"batched": True, "features": Features(text=Value("string"), label=ClassLabel(names=names))}
     return {
-        split: rows.select_columns([text_column, label_column])
-        .rename_columns({text_column: "text", label_column: "label"})
-        .map(
-            lambda labels: {"label": [classes.index(label) for label in labels]},
-            batched=True,
-            input_columns="label",
-            features=Features(text=Value("string"), label=ClassLabel(names=names)),
-            desc=f"Reading the labels of {split}",
-        )
+        split: rows.select_columns([text, label])
+        .rename_columns({text: "text", label: "label"})
+        .map(lambda rows: {"label": list(map(classes.index, rows["label"]))}, **options, desc=f"Reading {split}")
         for split, rows in splits.items()
     }
 
 
 def _proposal(rows: Dataset) -> str:
     """Flags that name the columns, where one alone looks like labels and one alone like texts."""
-    columns = {name: rows[name][:] for name, kind in rows.features.items() if getattr(kind, "dtype", "") in COLUMNS}
+    types = ("string", "large_string", "int64", "bool")  # of texts and labels
+    columns = {name: rows[name][:] for name, kind in rows.features.items() if getattr(kind, "dtype", "") in types}
     labels = [name for name, values in columns.items() if len(set(values)) <= min(50, max(2, len(values) / 5))]
     texts = [name for name in columns if name not in labels and "string" in rows.features[name].dtype]
     if len(labels) != 1 or len(texts) != 1:
