@@ -128,31 +128,24 @@ def clean(text: str) -> str:
 def tokenize(data: DatasetDict, tokenizer, max_length: int) -> DatasetDict:
     """Columns `input_ids` (at most `max_length`, special tokens included), `labels`, and `truncated` (bool); cached by
     `datasets` for this tokenizer, these reviews and this length."""
-    tokens = DatasetDict()
-    for split, rows in data.items():
-        # Truncation is part of the tokenizer's state, and so of the cache's key: the same state before every split.
-        tokenizer("", truncation=True, max_length=max_length)
-        tokens[split] = rows.map(
-            _encode,
-            batched=True,
-            fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
-            remove_columns=rows.column_names,
-            num_proc=min(os.cpu_count(), 8) if len(rows) > 5000 else None,
-            desc=f"Tokenising {split}",
-        )
-    return tokens
+    tokenizer("", truncation=True, max_length=max_length)  # part of its state from here on, and so of the cache's key
+    return data.map(
+        _encode,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
+        remove_columns=["text", "label"],
+        num_proc=min(os.cpu_count(), 8) if max(map(len, data.values())) > 5000 else None,
+        desc="Tokenising",
+    )
 
 
 def _encode(batch: dict, tokenizer, max_length: int) -> dict:
-    texts = [clean(text) for text in batch["text"]]
-    input_ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    # Only a row that is full can have lost something: it did, if one token more would have been taken.
-    full = [row for row, ids in enumerate(input_ids) if len(ids) == max_length]
-    longer = full and tokenizer([texts[row] for row in full], truncation=True, max_length=max_length + 1)["input_ids"]
-    cut = {row for row, ids in zip(full, longer, strict=True) if len(ids) > max_length}
+    tokens = tokenizer([clean(text) for text in batch["text"]], truncation=True, max_length=max_length)
     # Without special tokens nothing is left of an empty review; a model needs a token.
-    input_ids = [ids or [tokenizer.pad_token_id] for ids in input_ids]
-    return {"input_ids": input_ids, "labels": batch["label"], "truncated": [row in cut for row in range(len(texts))]}
+    input_ids = [ids or [tokenizer.pad_token_id] for ids in tokens["input_ids"]]
+    # Tokenizers in Python do not tell what was cut off: every text of full length counts.
+    cut = [row.overflowing for row in tokens.encodings or ()] or [len(ids) == max_length for ids in input_ids]
+    return {"input_ids": input_ids, "labels": batch["label"], "truncated": list(map(bool, cut))}
 
 
 def training_sample(data: DatasetDict) -> Subset:
