@@ -31,32 +31,27 @@ UNREADABLE = (DatasetGenerationError, ValueError, RuntimeError, tarfile.TarError
 def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
     """Splits "train", "validation" and "test" with columns `text` (str) and `label` (ClassLabel), and a fingerprint.
     Prints how many texts each has.
-
     config: has `dataset`, `dataset_revision`, `text_column`, `label_column`, and `max_train_samples` and
     `max_test_samples`: a random, stratified subset, of the training reviews another one for each `seed`. Without a
     validation split of its own, validation is split off them; without a test split, that is split off first. The
     fingerprint is the SHA-256 of all the reviews, no subset, whatever their order or file format.
-    Raises UserError where the data set cannot be read or used.
-    """
+    Raises UserError where the data set cannot be read or used."""
     source, sample = config.dataset, config.max_train_samples
     splits, parts, note = _with_class_labels(_read(source, config.dataset_revision), config), 10, ""
     if "test" not in splits:
         splits["train"], splits["test"] = _divide(splits["train"], parts, first_byte=8)
         parts, note = 9, ", split by the hash of the text"  # of the rest: validation gets as many as test
     digests = {name: _digests(rows) for name, rows in splits.items()}
-    listing = [
-        f"{name} {digest.hex()} {label}"
-        for name, rows in splits.items()
-        for digest, label in zip(digests[name], rows["label"][:], strict=True)
-    ]
+    listing = []
+    for name, rows in splits.items():
+        pairs = zip(digests[name], rows["label"][:], strict=True)
+        listing += [f"{name} {digest.hex()} {label}" for digest, label in pairs]
     fingerprint = hashlib.sha256("\n".join(sorted(listing)).encode()).hexdigest()
 
-    data = DatasetDict(train=_subset(splits["train"], sample, seed))
-    if "validation" in splits:
-        data["validation"] = splits["validation"]
-    else:
-        data["train"], data["validation"] = _divide(data["train"], parts)
-    data["test"] = _subset(splits["test"], config.max_test_samples, seed=0)
+    train = splits["train"].select(stratified_rows(splits["train"]["label"][:], sample, seed))
+    train, validation = (train, splits["validation"]) if "validation" in splits else _divide(train, parts)
+    test = splits["test"].select(stratified_rows(splits["test"]["label"][:], config.max_test_samples, seed=0))
+    data = DatasetDict(train=train, validation=validation, test=test)
     if fingerprint == IMDB_SHA256:
         data = data.cast_column("label", ClassLabel(names=["negative", "positive"]))  # of 0 and 1
     labels = {name: set(rows["label"][:]) for name, rows in data.items()}
@@ -70,7 +65,7 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
     few, seen, classes = (
         len(data["validation"]),
         len(labels["validation"]),
-        splits["train"].features["label"].num_classes,
+        data["train"].features["label"].num_classes,
     )
     if few < 50 or seen < classes:
         PartialState().print(
@@ -88,10 +83,6 @@ def _divide(rows: Dataset, parts: int, first_byte: int = 0) -> tuple[Dataset, Da
     """The reviews without those held out, and those held out, by their digests from `first_byte` on."""
     held = held_out([digest[first_byte:] for digest in _digests(rows)], rows["label"][:], parts)
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
-
-
-def _subset(rows: Dataset, size: int | None, seed: int) -> Dataset:
-    return rows.select(stratified_rows(rows["label"][:], size, seed))
 
 
 def held_out(digests: list[bytes], labels: list[int], parts: int = 10) -> np.ndarray:

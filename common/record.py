@@ -1,6 +1,5 @@
 """Runs on disk: the folder of each seed, which `--resume` goes on from, and results.json with its charts."""
 
-import dataclasses
 import gc
 import hashlib
 import importlib.metadata
@@ -31,10 +30,7 @@ from common.plotting import DEMO, bar_figure, line_figure, save
 
 ROOT = Path(__file__).resolve().parents[1]
 # SHA-256 of the default backbone's weights and of the default reviews
-PUBLISHED = (
-    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    IMDB_SHA256,
-)
+PUBLISHED = ("53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", IMDB_SHA256)
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft", "bitsandbytes")
 
 
@@ -69,9 +65,9 @@ def clear_seed(method: str, config, folder: Path, fingerprint: str) -> None:
 
 def _flags(method: str, config, fingerprint: str) -> dict:
     """What must be the same for a run to go on."""
-    reviews = f"{config.dataset} with SHA-256 {fingerprint}"
     free = dict.fromkeys(("seeds", "resume", "output_dir", "report_to"))
-    return {"method": method, **dataclasses.asdict(config), "dataset": reviews, **free}
+    reviews = f"{config.dataset} with SHA-256 {fingerprint}"
+    return {"method": method, **vars(config), "dataset": reviews, **free}
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -95,15 +91,15 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
     candidates = epochs[1:] if trainer.args.load_best_model_at_end else epochs[-1:]  # epoch 0 is none
     best = max(candidates, key=lambda epoch: (epoch["validation_accuracy"], -epoch["validation_loss"]))  # as Trainer's
     train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
-    folder = Path(trainer.args.output_dir)
-    trainable, total = trainer.parameters
-    peaks, reviews = gather_object([trainer.peaks]), trainer.train_dataset
+    folder, reviews = Path(trainer.args.output_dir), trainer.train_dataset
+    tokens = trainer.tensors_of(reviews).input_ids.cpu().numpy().tobytes()
+    peaks = gather_object([trainer.peaks])
     phases = {phase: max(peak[phase] for peak in peaks) for phase in peaks[0]}
-    peak, tokens = max(phases.values()), trainer.tensors_of(reviews).input_ids
+    peak = max(phases.values())
     record = {
         "seed": trainer.args.seed,
         "train_reviews": len(reviews),
-        "train_sha256": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),  # which ones: a subset is drawn
+        "train_sha256": hashlib.sha256(tokens).hexdigest(),  # which ones: a subset is drawn
         "epochs": epochs,
         "best_epoch": best["epoch"],
         "untrained_test": {name: value for name, value in score(untrained_test).items() if name in ("accuracy", "f1")},
@@ -117,13 +113,11 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
         "memory_bytes": split_memory(trainer.model, trainer.optimizer, peak),
         "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")),
         "padding_percent": trainer.padding_percent(),
-        "trainable_parameters": trainable,
-        "total_parameters": total,
+        **dict(zip(("trainable_parameters", "total_parameters"), trainer.parameters, strict=True)),
     }
     if trainer.is_world_process_zero():
-        logits = {"validation_logits": validation.predictions, "test_logits": test.predictions}
-        labels = {"validation_labels": validation.label_ids, "test_labels": test.label_ids}
-        np.savez(folder / "logits.npz", **logits, **labels)
+        arrays = {"validation_logits": validation.predictions, "validation_labels": validation.label_ids}
+        np.savez(folder / "logits.npz", **arrays, test_logits=test.predictions, test_labels=test.label_ids)
         write_json(record, folder / "run.json")
     return record
 
@@ -131,9 +125,8 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
 def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
     """Write results.json, draw the charts, print what came out; returns the record. The files go to `--output_dir`, or
     beside the script in `folder` where nothing is lost of what is published: see `is_published`."""
-    output_dir = Path(config.output_dir)
     record = make_record(folder.name, argv, config, data, fingerprint, runs)
-    place = folder if is_published(config, fingerprint, folder) else output_dir
+    place = folder if is_published(config, fingerprint, folder) else Path(config.output_dir)
     if not PartialState().is_main_process:
         return record
     write_json(record, place / "results.json")
@@ -151,7 +144,7 @@ def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, run
     print(f"          the most frequent class alone: accuracy {classes.max() / classes.sum():.1%}")
     if config.demo:
         print("This was the demo, on generated reviews with a tiny model: its figures mean nothing.")
-    print(f"Models:   {', '.join(str(output_dir / f'seed_{seed}' / 'model') for seed in config.seeds)}")
+    print(f"Models:   {', '.join(str(Path(config.output_dir, f'seed_{seed}', 'model')) for seed in config.seeds)}")
     print(f"Record:   {place / 'results.json'}, with bar_chart.png and line_chart.png beside it")
     return record
 
@@ -207,8 +200,7 @@ def make_record(method: str, argv, config, data: DatasetDict, fingerprint: str, 
         "environment": environment(),
         "runs": runs,
         "summary": {
-            "test_accuracy": summarize([run["test"]["accuracy"] for run in runs]),
-            "test_f1": summarize([run["test"]["f1"] for run in runs]),
+            **{f"test_{name}": summarize([run["test"][name] for run in runs]) for name in ("accuracy", "f1")},
             "accuracy_gain": summarize([run["test"]["accuracy"] - run["untrained_test"]["accuracy"] for run in runs]),
             **{name: summarize([run[name] for run in runs]) for name in ("train_seconds", "peak_memory_bytes")},
         },
