@@ -12,9 +12,7 @@ from common.cli import UserError
 
 def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The backbone's Transformer blocks, first to last.
-
-    Raises UserError where the architecture has no such list (ALBERT shares one block, XLM has a list for every part).
-    """
+    Raises UserError where an architecture has no such list (ALBERT shares a block, XLM has a list for every part)."""
     depth, lists = model.config.num_hidden_layers, []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer, _ in lists)
@@ -39,9 +37,7 @@ def last_blocks(model: PreTrainedModel, count: int) -> nn.ModuleList:
 def lora_targets(model: PreTrainedModel, names: list[str] | None) -> list[str] | str:
     """PEFT's `target_modules`: `names`, or where none are given the query and value projections: PEFT's own choice,
     or for an architecture that it lacks (DistilBERT, for example) the linear layers whose names begin with q and v.
-
-    Raises UserError for a name that no linear layer ends in, and where there is none to choose.
-    """
+    Raises UserError for a name that no linear layer ends in, and where there is none to choose."""
     if names == ["all-linear"]:
         return "all-linear"
     layers = [f".{name}" for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))]

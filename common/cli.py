@@ -30,11 +30,9 @@ class UserError(Exception):
 
 def parse_config(config_class: type, folder: Path, argv: list[str] | None = None):
     """Parse and check the flags that the dataclass `config_class` declares; make the settings of the whole process.
-
     `folder` is the script's own: `--output_dir` defaults to its `runs/<data>`. With `--demo` the generated reviews and
     model, and settings that suit them, become the defaults; flags given by hand still win.
-    Raises UserError for a value that cannot be used; argparse exits for one of the wrong type.
-    """
+    Raises UserError for a value that cannot be used; argparse exits for one of the wrong type."""
     logging.set_verbosity_error()  # the preflight says what matters of their reports on loading
     torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, and costs 8% of the speed
     if not torch.accelerator.is_available():  # unless told, several processes on CPUs do not look for each other
@@ -46,7 +44,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     given = parser.parse_args(argv)
     subset = getattr(given, "max_train_samples", None) or getattr(given, "max_test_samples", None)
     data = "demo" if given.demo else Path(given.dataset).expanduser().resolve().name.split(".")[0]
-    output_dir = given.output_dir or folder / "runs" / f"{data}{'_partial' * bool(subset)}"
+    output_dir = given.output_dir or folder / "runs" / (f"{data}_partial" if subset else data)
     output_dir = Path(output_dir).expanduser().resolve()
     generated = output_dir / "generated"
     if given.demo:
@@ -64,18 +62,15 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
         other, revision = getattr(config, name) != parser.get_default(name), f"{name}_revision"
         if other and getattr(config, revision) == parser.get_default(revision):
             setattr(config, revision, None)
-    model = Path(config.model).expanduser()
-    if model.is_dir():  # an adapter remembers its backbone, and may be loaded from another folder
-        config.model = str(model.absolute())
+    if (model := Path(config.model).expanduser()).is_dir():
+        config.model = str(model.absolute())  # an adapter remembers its backbone, and may be loaded from elsewhere
     return config
 
 
 def fit_to_size(config, reviews: int):
     """A copy of `config` in which what the user left open suits the number of reviews, those of validation included.
-
     batch_size: about its square root, a power of two from 16 to 128 (or next to it a multiple of processes and steps).
-    epochs: 5, or as many as make about 600 updates: a hundred reviews need many passes.
-    """
+    epochs: 5, or as many as make about 600 updates: a hundred reviews need many passes."""
     parts = (config.gradient_accumulation_steps or 1) * processes()
     root = 2 ** int(math.log2(reviews) / 2)
     size = config.batch_size or math.ceil(min(max(root, 16), 128) / parts) * parts
@@ -92,8 +87,7 @@ def processes() -> int:
 
 
 def _check(config, method: str) -> None:
-    """Raise UserError for the first field of `config` that is out of range, names what is not there, or an
-    output folder that cannot be written to or has a seed's folder that is not this method's."""
+    """Raise UserError for what is out of range or not there, and for an output folder that may not be written to."""
     from transformers.integrations import get_available_reporting_integrations  # it imports every library it could use
 
     for field in dataclasses.fields(config):

@@ -1,8 +1,7 @@
 """Texts in, tokens out: the Hub, local files or the official archive; splits; tokenisation.
 
 The default data set is the Large Movie Review Dataset (Maas et al., 2011, "Learning Word Vectors for Sentiment
-Analysis"): 25,000 training and 25,000 test reviews, half of them positive.
-"""
+Analysis"): 25,000 training and 25,000 test reviews, half of them positive."""
 
 import glob
 import hashlib
@@ -36,8 +35,8 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
     validation split of its own, validation is split off them; without a test split, that is split off first. The
     fingerprint is the SHA-256 of all the reviews, no subset, whatever their order or file format.
     Raises UserError where the data set cannot be read or used."""
-    source, sample = config.dataset, config.max_train_samples
-    splits, parts, note = _with_class_labels(_read(source, config.dataset_revision), config), 10, ""
+    sample, parts, note = config.max_train_samples, 10, ""
+    splits = _with_class_labels(_read(config.dataset, config.dataset_revision), config)
     if "test" not in splits:
         splits["train"], splits["test"] = _divide(splits["train"], parts, first_byte=8)
         parts, note = 9, ", split by the hash of the text"  # of the rest: validation gets as many as test
@@ -56,22 +55,17 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
         data = data.cast_column("label", ClassLabel(names=["negative", "positive"]))  # of 0 and 1
     labels = {name: set(rows["label"][:]) for name, rows in data.items()}
     if len(labels["train"]) < 2 or not labels["validation"]:
-        flag = f"--max_train_samples {sample}" if sample else f"--dataset {source}"
+        flag = f"--max_train_samples {sample}" if sample else f"--dataset {config.dataset}"
         raise UserError(f"{flag}: leaves a class or validation without reviews; at least 100 are a start")
     counts = "{:,} training, {:,} validation and {:,} test texts".format(*map(len, data.values()))
     different = set(digests["train"])
     copies, shared = len(digests["train"]) - len(different), len(different.intersection(digests["test"]))
     PartialState().print(f"Data:     {counts}{note}; {copies:,} copies in train, {shared:,} texts in train and test")
-    few, seen, classes = (
-        len(data["validation"]),
-        len(labels["validation"]),
-        data["train"].features["label"].num_classes,
-    )
+    few, seen = len(data["validation"]), len(labels["validation"])
+    classes = data["train"].features["label"].num_classes
     if few < 50 or seen < classes:
-        PartialState().print(
-            f"Warning:  {few} validation texts, of {seen} of the {classes} classes, tell little; "
-            "label more, or bring a validation file"
-        )
+        told = f"{few} validation texts, of {seen} of the {classes} classes"
+        PartialState().print(f"Warning:  {told}, tell little; label more, or bring a validation file")
     return data, fingerprint
 
 
@@ -119,24 +113,19 @@ def clean(text: str) -> str:
 def tokenize(data: DatasetDict, tokenizer, max_length: int) -> DatasetDict:
     """Columns `input_ids` (at most `max_length`, special tokens included), `labels`, and `truncated` (bool); cached by
     `datasets` for this tokenizer, these reviews and this length."""
+
+    def encode(batch: dict) -> dict:
+        tokens = tokenizer([clean(text) for text in batch["text"]], truncation=True, max_length=max_length)
+        # Without special tokens nothing is left of an empty review; a model needs a token.
+        input_ids = [ids or [tokenizer.pad_token_id] for ids in tokens["input_ids"]]
+        # Tokenizers in Python do not tell what was cut off: every text of full length counts.
+        cut = [row.overflowing for row in tokens.encodings or ()] or [len(ids) == max_length for ids in input_ids]
+        return {"input_ids": input_ids, "labels": batch["label"], "truncated": list(map(bool, cut))}
+
     tokenizer("", truncation=True, max_length=max_length)  # part of its state from here on, and so of the cache's key
-    return data.map(
-        _encode,
-        batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
-        remove_columns=["text", "label"],
-        num_proc=min(os.cpu_count(), 8) if max(map(len, data.values())) > 5000 else None,
-        desc="Tokenising",
-    )
-
-
-def _encode(batch: dict, tokenizer, max_length: int) -> dict:
-    tokens = tokenizer([clean(text) for text in batch["text"]], truncation=True, max_length=max_length)
-    # Without special tokens nothing is left of an empty review; a model needs a token.
-    input_ids = [ids or [tokenizer.pad_token_id] for ids in tokens["input_ids"]]
-    # Tokenizers in Python do not tell what was cut off: every text of full length counts.
-    cut = [row.overflowing for row in tokens.encodings or ()] or [len(ids) == max_length for ids in input_ids]
-    return {"input_ids": input_ids, "labels": batch["label"], "truncated": list(map(bool, cut))}
+    processes = min(os.cpu_count(), 8) if max(map(len, data.values())) > 5000 else None
+    options = {"batched": True, "remove_columns": ["text", "label"], "num_proc": processes, "desc": "Tokenising"}
+    return data.map(encode, **options)
 
 
 def training_sample(data: DatasetDict) -> Subset:
@@ -156,11 +145,9 @@ def _read(source: str, revision: str | None) -> dict[str, Dataset]:
         elif path.is_file() and path.suffix.lower() in BUILDERS:
             splits = {"train": _read_file(path)}
         elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise UserError(
-                f"--dataset {source}: no such folder, file or readable archive; accepted: a Hub id; a file (.parquet, "
-                ".csv, .tsv, .jsonl) or a folder with train and test files; an extracted aclImdb folder; "
-                "aclImdb_v1.tar.gz"
-            )
+            tables = "a file (.parquet, .csv, .tsv, .jsonl) or a folder with train and test files"
+            accepted = f"a Hub id; {tables}; an extracted aclImdb folder; aclImdb_v1.tar.gz"
+            raise UserError(f"--dataset {source}: no such folder, file or readable archive; accepted: {accepted}")
         else:
             check_hub(source, revision, "dataset")
             splits = load_dataset(source, revision=revision)
@@ -178,10 +165,8 @@ def _file_of(folder: Path, split: str) -> Path | None:
     """The one file of `split` in `folder`, or None."""
     found = sorted(file for file in folder.glob(f"{split}.*") if file.suffix.lower() in BUILDERS)
     if len(found) > 1 or (split == "train" and not found):
-        raise UserError(
-            f"--dataset {folder}: needs one {split} file, {split}.parquet, .csv, .tsv or .jsonl; "
-            f"found {', '.join(file.name for file in found) or 'none'}"
-        )
+        needs = f"needs one {split} file, {split}.parquet, .csv, .tsv or .jsonl"
+        raise UserError(f"--dataset {folder}: {needs}; found {', '.join(file.name for file in found) or 'none'}")
     return found[0] if found else None
 
 

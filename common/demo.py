@@ -44,12 +44,10 @@ def build_demo(folder: Path) -> None:
     train, test = write_corpus()
     for name, rows in (("train", train), ("test", test)):
         (data_folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
     words = {word for row in train + test for word in re.findall(r"\w+|[^\w\s]", row["text"].lower())}
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
     tokenizer = BertTokenizer({token: index for index, token in enumerate(tokens)}, model_max_length=128)
     tokenizer.save_pretrained(model_folder)
-
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     # BERT's own settings suit pretraining: weights of 0.02 pass little of the words on to [CLS], dropout is noise.
     settings = {"initializer_range": 0.15, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -54,9 +54,9 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
     with trainer.accelerator.autocast():
         few = list(range(min(8, len(texts))))
         whole, alone = (model(**source.__getitems__(few)).logits for source in (texts, stored([few])))
-        if alone.shape != whole.shape or not torch.allclose(alone, whole, rtol=0.02, atol=0.01):
-            return texts
-        return stored(list(longest_first(texts.lengths, trainer.args.eval_batch_size)))
+        if alone.shape == whole.shape and torch.allclose(alone, whole, rtol=0.02, atol=0.01):
+            return stored(list(longest_first(texts.lengths, trainer.args.eval_batch_size)))
+    return texts
 
 
 def pass_stored_outputs_on(backbone: PreTrainedModel) -> None:

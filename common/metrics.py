@@ -68,9 +68,8 @@ def split_memory(model: nn.Module, optimizer: torch.optim.Optimizer, peak: int) 
     of all reviews, workspace."""
 
     def size(tensors) -> int:
-        tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-        tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]  # FSDP's share
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)  # FSDP's share
+        return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
     weights = [*model.parameters(), *model.buffers()]
     states = [weight.quant_state for weight in weights if getattr(weight, "quant_state", None) is not None]

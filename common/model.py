@@ -30,10 +30,9 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
     # XLNet's classifier, whose summary type is "last", reads padding where a batch has a longer text.
     one_token = config.model_type != "xlnet" and not config.is_encoder_decoder
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or not one_token:
-        raise UserError(
-            f"--model {name}: {config.model_type} has no classifier that reads a text's first token or its last; "
-            "needs an encoder or a decoder that AutoModelForSequenceClassification loads"
-        )
+        missing = f"{config.model_type} has no classifier that reads a text's first token or its last"
+        needs = "needs an encoder or a decoder that AutoModelForSequenceClassification loads"
+        raise UserError(f"--model {name}: {missing}; {needs}")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
         raise UserError(f"--model {name}: has no tokenizer files; its tokenizer would know no word")
     if folder and not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
@@ -56,8 +55,8 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
 
 def label_config(classes: list[str], tokenizer: PreTrainedTokenizerBase) -> dict:
     """Keyword arguments that give `from_pretrained` its labels' names, and the padding token a decoder pools by."""
-    names = {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
-    return {**names, "pad_token_id": tokenizer.pad_token_id}
+    numbers = {name: number for number, name in enumerate(classes)}
+    return {"id2label": dict(enumerate(classes)), "label2id": numbers, "pad_token_id": tokenizer.pad_token_id}
 
 
 def compute_dtype() -> torch.dtype:
@@ -91,8 +90,7 @@ def checkpoint_blocks(model: PreTrainedModel) -> None:
 
 def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) -> None:
     """Make frozen parts give the same output in training as in evaluation: Trainer puts all in training mode."""
-    kept = set(except_in.modules()) if except_in is not None else set()
-    for part in set(module.modules()) - kept:
+    for part in set(module.modules()).difference(except_in.modules() if except_in is not None else ()):
         if isinstance(part, nn.Dropout):
             part.p = 0.0
         if isinstance(getattr(part, "attention_dropout", None), float):  # decoders' attention has it as a number
@@ -120,10 +118,7 @@ def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> No
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters as deployed: PEFT's frozen originals of saved modules do not count, and 4-bit
     weights count as the parameters they stand for."""
-    trainable = total = 0
-    for name, weight in model.named_parameters():
-        if "original_module." not in name:
-            count = (getattr(weight, "quant_state", None) or weight).shape.numel()
-            total += count
-            trainable += count * weight.requires_grad
-    return trainable, total
+    weights = [weight for name, weight in model.named_parameters() if "original_module." not in name]
+    counts = [(getattr(weight, "quant_state", None) or weight).shape.numel() for weight in weights]
+    trainable = sum(count for count, weight in zip(counts, weights, strict=True) if weight.requires_grad)
+    return trainable, sum(counts)

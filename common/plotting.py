@@ -24,10 +24,8 @@ def bar_figure(record: dict) -> Figure:
     runs = record["runs"]
     whiskers = ": bars are means, whiskers ± 1 sd" if len(runs) > 1 else ""
     figure, axes = _method_page(record, f"{record['dataset']['test']:,} test reviews; {_seeds(runs)}{whiskers}")
-    for offset, key, label, colour in (
-        (-0.19, "untrained_test", "before fine-tuning", PALE),
-        (0.19, "test", "after fine-tuning", BLUE),
-    ):
+    before, after = ("untrained_test", "before fine-tuning", PALE), ("test", "after fine-tuning", BLUE)
+    for offset, (key, label, colour) in ((-0.19, before), (0.19, after)):
         scores = np.array([[run[key]["accuracy"], run[key]["f1"]] for run in runs])
         sds = scores.std(axis=0, ddof=1) if len(runs) > 1 else None
         # Unclipped, because a mean near 100 % plus its sd leaves the axis, and the label on top does too.
@@ -69,9 +67,9 @@ def _method_page(record: dict, caption: str) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     style(axes, grid="y")
     axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    trains = f"{model['trainable_parameters']:,} of {model['total_parameters']:,} parameters"
-    share = f"({model['trainable_percent']:.3g}%)"
-    axes.set_title(f"Trains {trains} {share} · {_seeds(record['runs'])}", loc="left", size=10, color=GREY, pad=20)
+    counts = f"{model['trainable_parameters']:,} of {model['total_parameters']:,} parameters"
+    trains = f"Trains {counts} ({model['trainable_percent']:.3g}%)"
+    axes.set_title(f"{trains} · {_seeds(record['runs'])}", loc="left", size=10, color=GREY, pad=20)
     axes.set_xlabel(caption, loc="left", size=9, color=GREY)
     return figure, axes
 

@@ -14,14 +14,14 @@ def preflight(config, trainer: Trainer, new: list[str]) -> None:
     check_trainable(model, new)
     trainable, total = trainer.parameters
     frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point()}
-    quantized = sum(hasattr(weight, "quant_state") for weight in model.parameters())
+    kinds = [str(dtype).removeprefix("torch.") for dtype in frozen]
+    kinds += ["4 bits"] * any(hasattr(weight, "quant_state") for weight in model.parameters())
     truncated = trainer.train_dataset["truncated"][:]
     updates = trainer.training_batches(trainer.tensors_of(trainer.train_dataset).lengths).updates
     lines = {
         "Backbone": f"{public_name(config.model)}, revision {config.model_revision or 'as found'}",
         "Trains": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) in float32",
-        "Frozen": f"all the rest, {total - trainable:,} parameters, in "
-        + ", ".join([str(dtype).removeprefix("torch.") for dtype in frozen] + ["4 bits"] * (quantized > 0)),
+        "Frozen": f"all the rest, {total - trainable:,} parameters, in {', '.join(kinds)}",
         "Reviews": f"{len(truncated):,} to train on, {sum(truncated) / len(truncated):.1%} of them truncated to "
         f"{config.max_length} tokens; batches of {config.batch_size}: {updates} updates in each of "
         f"{config.epochs} epochs, {updates * config.epochs:,} in all; learning rate {args.learning_rate:.2g}",
@@ -36,10 +36,8 @@ def check_trainable(model: nn.Module, new: list[str]) -> None:
     """Raise UserError where a newly initialised weight is frozen or quantized, or one would train in few bits.
     new: names of the newly initialised weights, in the model as loaded."""
     # PEFT trains a copy of a saved module: "classifier.weight" is in "...classifier.modules_to_save.default.weight".
-    weights = {
-        name.replace("modules_to_save.default.", "").removeprefix("base_model.model."): weight
-        for name, weight in model.named_parameters()
-    }
+    weights = {name.replace("modules_to_save.default.", ""): weight for name, weight in model.named_parameters()}
+    weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
     for name in new:
         weight = weights.get(name)
         if hasattr(weight, "quant_state"):

@@ -135,10 +135,8 @@ def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, run
     accuracy, f1 = (spread(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
     for run in runs:
         if sum(map(any, zip(*run["test"]["confusion_matrix"], strict=True))) == 1:
-            print(
-                f"Warning:  seed {run['seed']} predicts one class for every test text; more epochs, another "
-                "--learning_rate or --class_weights balanced may help"
-            )
+            advice = "more epochs, another --learning_rate or --class_weights balanced may help"
+            print(f"Warning:  seed {run['seed']} predicts one class for every test text; {advice}")
     classes = np.sum(runs[0]["test"]["confusion_matrix"], axis=1)
     print(f"Test:     accuracy {accuracy}, F1 {f1} (percent, mean ± sd over seeds {config.seeds})")
     print(f"          the most frequent class alone: accuracy {classes.max() / classes.sum():.1%}")
@@ -177,31 +175,23 @@ def summarize(values: list[float]) -> dict:
 def make_record(method: str, argv, config, data: DatasetDict, fingerprint: str, runs: list[dict]) -> dict:
     """The content of results.json. argv: as of `command_line`."""
     trainable, total = runs[0]["trainable_parameters"], runs[0]["total_parameters"]
+    model = {"name": public_name(config.model), "revision": config.model_revision}
+    model |= {"weights_sha256": weights_sha256(config), "total_parameters": total, "trainable_parameters": trainable}
+    dataset = {"name": public_name(config.dataset), "revision": config.dataset_revision, "sha256": fingerprint}
+    dataset |= {split: len(rows) for split, rows in data.items()}
+    gains = [run["test"]["accuracy"] - run["untrained_test"]["accuracy"] for run in runs]
     return {
         "method": method,
         "command": command_line(f"{method}/train.py", argv),
         **({"note": DEMO} if config.demo else {}),
         "config": {name: public_name(flag) if isinstance(flag, str) else flag for name, flag in vars(config).items()},
-        "model": {
-            "name": public_name(config.model),
-            "revision": config.model_revision,
-            "weights_sha256": weights_sha256(config),
-            "total_parameters": total,
-            "trainable_parameters": trainable,
-            "trainable_percent": 100 * trainable / total,
-        },
-        "dataset": {
-            "name": public_name(config.dataset),
-            "revision": config.dataset_revision,
-            "sha256": fingerprint,
-            **{split: len(rows) for split, rows in data.items()},
-            "truncated_percent": 100 * statistics.mean(data["train"]["truncated"][:]),
-        },
+        "model": model | {"trainable_percent": 100 * trainable / total},
+        "dataset": dataset | {"truncated_percent": 100 * statistics.mean(data["train"]["truncated"][:])},
         "environment": environment(),
         "runs": runs,
         "summary": {
             **{f"test_{name}": summarize([run["test"][name] for run in runs]) for name in ("accuracy", "f1")},
-            "accuracy_gain": summarize([run["test"]["accuracy"] - run["untrained_test"]["accuracy"] for run in runs]),
+            "accuracy_gain": summarize(gains),
             **{name: summarize([run[name] for run in runs]) for name in ("train_seconds", "peak_memory_bytes")},
         },
     }

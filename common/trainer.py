@@ -67,10 +67,9 @@ class LengthGroupedBatches(Sampler):
         self.steps, self.process, self.processes = steps, process, processes
         smallest = len(lengths) // self.updates
         if smallest < steps * processes:
-            raise UserError(
-                f"--gradient_accumulation_steps {steps}: {len(lengths)} training reviews in {self.updates} batches "
-                f"leave one with {smallest} of them; it needs {steps * processes}, one for every step of every process"
-            )
+            found = f"{len(lengths)} training reviews in {self.updates} batches leave one with {smallest} of them"
+            needs = f"it needs {steps * processes}, one for every step of every process"
+            raise UserError(f"--gradient_accumulation_steps {steps}: {found}; {needs}")
 
     def __len__(self) -> int:
         return self.updates * self.steps
@@ -231,8 +230,7 @@ class ReviewTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         reviews = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        if not isinstance(reviews, Subset):
-            reviews = Subset(reviews, range(len(reviews)))
+        reviews = reviews if isinstance(reviews, Subset) else Subset(reviews, range(len(reviews)))
         inputs = Subset(self.inputs_of(reviews.dataset), reviews.indices)
         lengths = self.tensors_of(reviews.dataset).lengths[reviews.indices]  # not `inputs`': one order for all methods
         sampler = longest_first(lengths, self.args.eval_batch_size)
