@@ -38,9 +38,8 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     if not torch.accelerator.is_available():  # unless told, several processes on CPUs do not look for each other
         os.environ["ACCELERATE_USE_CPU"] = "true"
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # the first one decides for the process
-    about = sys.modules[config_class.__module__].__doc__
-    parser = HfArgumentParser(config_class, description=about, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    about = {"description": sys.modules[config_class.__module__].__doc__, "allow_abbrev": False}
+    parser = HfArgumentParser(config_class, formatter_class=argparse.RawDescriptionHelpFormatter, **about)
     given = parser.parse_args(argv)
     subset = getattr(given, "max_train_samples", None) or getattr(given, "max_test_samples", None)
     data = "demo" if given.demo else Path(given.dataset).expanduser().resolve().name.split(".")[0]

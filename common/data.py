@@ -1,5 +1,4 @@
 """Texts in, tokens out: the Hub, local files or the official archive; splits; tokenisation.
-
 The default data set is the Large Movie Review Dataset (Maas et al., 2011, "Learning Word Vectors for Sentiment
 Analysis"): 25,000 training and 25,000 test reviews, half of them positive."""
 
@@ -46,7 +45,6 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
         pairs = zip(digests[name], rows["label"][:], strict=True)
         listing += [f"{name} {digest.hex()} {label}" for digest, label in pairs]
     fingerprint = hashlib.sha256("\n".join(sorted(listing)).encode()).hexdigest()
-
     train = splits["train"].select(stratified_rows(splits["train"]["label"][:], sample, seed))
     train, validation = (train, splits["validation"]) if "validation" in splits else _divide(train, parts)
     test = splits["test"].select(stratified_rows(splits["test"]["label"][:], config.max_test_samples, seed=0))
@@ -141,7 +139,14 @@ def _read(source: str, revision: str | None) -> dict[str, Dataset]:
         if (path / "train" / "pos").is_dir() or (path.is_file() and tarfile.is_tarfile(path)):
             return {split: _read_acl_imdb(path, split) for split in ("train", "test")}
         if path.is_dir():
-            splits = {split: _read_file(file) for split in SPLITS if (file := _file_of(path, split))}
+            splits = {}
+            for split in SPLITS:
+                found = sorted(file for file in path.glob(f"{split}.*") if file.suffix.lower() in BUILDERS)
+                if len(found) > 1 or (split == "train" and not found):
+                    needs = f"needs one {split} file, {split}.parquet, .csv, .tsv or .jsonl; found"
+                    raise UserError(f"--dataset {source}: {needs} {', '.join(file.name for file in found) or 'none'}")
+                if found:
+                    splits[split] = _read_file(found[0])
         elif path.is_file() and path.suffix.lower() in BUILDERS:
             splits = {"train": _read_file(path)}
         elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -159,15 +164,6 @@ def _read(source: str, revision: str | None) -> dict[str, Dataset]:
     if "train" not in splits:
         raise UserError(f"--dataset {source}: has no train split; it has: {', '.join(splits) or 'none'}")
     return {split: splits[split] for split in SPLITS if split in splits}
-
-
-def _file_of(folder: Path, split: str) -> Path | None:
-    """The one file of `split` in `folder`, or None."""
-    found = sorted(file for file in folder.glob(f"{split}.*") if file.suffix.lower() in BUILDERS)
-    if len(found) > 1 or (split == "train" and not found):
-        needs = f"needs one {split} file, {split}.parquet, .csv, .tsv or .jsonl"
-        raise UserError(f"--dataset {folder}: {needs}; found {', '.join(file.name for file in found) or 'none'}")
-    return found[0] if found else None
 
 
 def _read_file(file: Path) -> Dataset:

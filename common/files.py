@@ -11,8 +11,7 @@ from pathlib import Path
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it becomes `path` on success and is deleted on failure."""
     path = Path(path)
-    # Beside the target, because a rename is atomic only within one file system; and with the target's
-    # suffix, because writers such as savefig choose their format by it.
+    # Beside the target: only within one file system is a rename atomic. With its suffix: savefig goes by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary

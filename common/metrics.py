@@ -16,8 +16,7 @@ class ClassificationScores(evaluate.Metric):
     classes (macro). Written as a local `evaluate.Metric` because `evaluate.load` needs a network."""
 
     def _info(self) -> evaluate.MetricInfo:
-        labels = datasets.Value("int64")
-        features = datasets.Features(predictions=labels, references=labels)
+        features = datasets.Features(predictions=datasets.Value("int64"), references=datasets.Value("int64"))
         return evaluate.MetricInfo(description=self.__doc__, citation="", features=features)
 
     def _compute(self, predictions, references, num_classes: int) -> dict:
@@ -72,10 +71,9 @@ def split_memory(model: nn.Module, optimizer: torch.optim.Optimizer, peak: int) 
         return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
     weights = [*model.parameters(), *model.buffers()]
-    states = [weight.quant_state for weight in weights if getattr(weight, "quant_state", None) is not None]
-    scales = [value for state in states for value in state.as_dict(packed=True).values()]
+    scales = [weight.quant_state.as_dict(packed=True) for weight in weights if getattr(weight, "quant_state", None)]
     parts = {
-        "weights": size(weights) + size(scales),
+        "weights": size(weights) + size(value for scale in scales for value in scale.values()),
         "gradients": size(weight for weight in weights if weight.requires_grad),
         "optimizer": size(value for state in optimizer.state.values() for value in state.values()),
     }

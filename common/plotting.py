@@ -45,8 +45,7 @@ def line_figure(record: dict) -> Figure:
     epochs = [epoch["epoch"] for epoch in runs[0]["epochs"]]
     training = np.array([[epoch["train_accuracy"] for epoch in run["epochs"]] for run in runs])
     validation = np.array([[epoch["validation_accuracy"] for epoch in run["epochs"]] for run in runs])
-    # Unclipped, because a curve or a mark at 100 % would lose its upper half. The mean is pale and wide, so that the
-    # seeds, often within its width, can be told apart on top of it.
+    # Unclipped: a curve at 100 % would lose its upper half. The mean is wide and pale: often the seeds lie within it.
     axes.plot(epochs, validation.mean(axis=0), color=SKY, lw=5, clip_on=False, label="validation, mean")
     axes.plot(epochs, training.mean(axis=0), "--", color=ORANGE, lw=2, clip_on=False, label="training (sample)")
     for run, curve in zip(runs, validation, strict=True):

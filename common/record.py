@@ -148,8 +148,7 @@ def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, run
 
 
 def is_published(config, fingerprint: str, folder: Path) -> bool:
-    """Whether a run is of all the published reviews on the published backbone, its output in `folder`/runs.
-    fingerprint: of the reviews."""
+    """Whether a run is of all the published reviews on the published backbone, its output in `folder`/runs."""
     part = config.demo or config.max_train_samples or config.max_test_samples
     here = Path(config.output_dir).parent == (folder / "runs").resolve()
     return here and not part and fingerprint == PUBLISHED[1] and weights_sha256(config) == PUBLISHED[0]

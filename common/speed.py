@@ -11,13 +11,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.cli import UserError
 
-ATTENTION, COMPILED_ATTENTION = "sequences_in_a_row", "always_masked"  # names of their own: other models keep theirs
-
 
 def speed_up(model: PreTrainedModel, torch_compile: bool = False) -> None:
     """Let encoders' padded batches go through flash attention, and frozen LayerNorms compute in their own type.
     torch_compile: compile every Transformer block too, each in place and for all widths, when it first runs."""
-    name = COMPILED_ATTENTION if torch_compile else ATTENTION
+    name = "always_masked" if torch_compile else "sequences_in_a_row"  # its own: other models keep theirs
     AttentionInterface.register(name, sdpa_attention_forward if torch_compile else flash_attention)
     AttentionMaskInterface.register(name, mask_of_pairs if torch_compile else mask_of_texts)
     if model.config._attn_implementation == "sdpa":  # others cannot do without their own
@@ -81,8 +79,6 @@ def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     if not (fits and torch.backends.cuda.can_use_flash_attention(case)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     query, key, value = (part.transpose(1, 2).reshape(rows * width, heads, size) for part in (query, key, value))
-    # What torch.nn.attention.varlen_attn calls, which has no dropout
-    output, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, ends, ends, width, width, dropout, False, False, scale=scaling
-    )
+    forward = torch.ops.aten._flash_attention_forward  # what torch.nn.attention.varlen_attn calls, without dropout
+    output, *_ = forward(query, key, value, ends, ends, width, width, dropout, False, False, scale=scaling)
     return output.view(rows, width, heads, size), None
