@@ -5,8 +5,8 @@
     python -m common.predict FOLDER --file texts.csv --text_column text --output labelled.csv
     python -m common.predict FOLDER --merge DEST
 
-FOLDER is <METHOD>/runs/<data>/seed_0/model. Texts are cleaned and truncated as in training. Files are read, labelled and
-written in parts, so their size does not matter. A label's probability is a column of --output.
+FOLDER is <METHOD>/runs/<data>/seed_0/model. Texts are cleaned and truncated as in training. Files are read, labelled
+and written in parts, so their size does not matter. A label's probability is a column of --output.
 """
 
 import argparse

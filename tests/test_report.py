@@ -7,6 +7,7 @@ import pytest
 from conftest import METHODS, ROOT
 from PIL import Image
 
+from common.cli import UserError
 from common.plotting import digest
 from common.study import report
 from common.study.tricks import ALL, FLASH
@@ -101,6 +102,19 @@ def test_the_published_readmes_are_what_the_records_say():
     for readme in [ROOT / "README.md", *(ROOT / method / "README.md" for method in METHODS)]:
         assert report.render(readme.read_text(), readme.parent) == readme.read_text()
         assert report.BLOCK.search(readme.read_text())
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("model", "weights_sha256"), ("dataset", "sha256"), ("config", "epochs"), ("environment", "gpu")],
+)
+def test_records_that_cannot_be_compared_are_refused(project, part, name):
+    first, other = record("A", [0.9]), record("B", [0.9])
+    other[part][name] = "another"
+    for method, content in (("A", first), ("B", other)):
+        write(project / method / "results.json", content)
+    with pytest.raises(UserError, match=f"{part} {name} is .* in A and another in B"):
+        render("results A B", project)
 
 
 def test_the_published_charts_are_drawn_from_the_records():

@@ -6,6 +6,7 @@ A README names what it wants between two comments, `<!-- results A B -->` and `<
 the folders A and B. What stands between them is replaced. common/study/comparison.png is drawn as well.
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -15,6 +16,7 @@ from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 
+from common.cli import UserError, run
 from common.record import ROOT, spread, summarize
 from common.study.comparison import draw_comparison
 from common.study.labels import BAG, EVERYTHING, FULL
@@ -24,6 +26,12 @@ from common.study.tricks import ALL, TRICKS, worth
 
 BLOCK = re.compile(r"(?P<start><!-- (?P<name>\w+)(?P<words>[^>]*) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 UNMEASURED = "_Not measured yet._\n"
+COMPARED = {  # what must be the same in the records of one table
+    "model": ("weights_sha256",),
+    "dataset": ("sha256", "train", "validation", "test"),
+    "config": ("max_length", "epochs", "batch_size", "class_weights", "seeds"),
+    "environment": ("gpu",),
+}
 
 
 def table(header: str | list[str], rows: Iterable[Iterable[object]]) -> str:
@@ -50,10 +58,21 @@ def results(root: Path, folders: list[str]) -> str:
     if full := read(study / "full_fine_tuning.json"):
         records.append(full)
         pages.append(f"[{full['method']}](common/study/full_fine_tuning.py)")
+    check_comparable(records)
     return (
         "![comparison of the methods](common/study/comparison.png)\n\n"
         f"{results_table(records, pages, reference_rows(root))}"
     )
+
+
+def check_comparable(records: list[dict]) -> None:
+    """Raise UserError where records are not of the same weights, reviews, budget and GPU, and name what differs."""
+    for part, names in COMPARED.items():
+        for name, record in itertools.product(names, records[1:]):
+            found, first = record[part].get(name), records[0][part].get(name)
+            if found != first:
+                what = f"{part} {name} is {first} in {records[0]['method']} and {found} in {record['method']}"
+                raise UserError(f"the records cannot be compared: {what}")
 
 
 def results_table(records: list[dict], pages: list[str], references: list[dict]) -> str:
@@ -558,4 +577,4 @@ def main(root: Path = ROOT) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
