@@ -43,7 +43,14 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
     run_backbone: given the model and an iterator over batches, returns (texts, hidden size). Where that is not enough
     for the model's own logits, because its head reads more than one token, the texts themselves are returned."""
     model = trainer.model.eval()
-    pass_stored_outputs_on(model.base_model)
+    backbone = model.base_model
+
+    class Passing(type(backbone)):  # returns what it is given as `inputs_embeds`, with its pooler's output, if any
+        def forward(self, *args, inputs_embeds=None, **kwargs):
+            if inputs_embeds is None:
+                return super().forward(*args, **kwargs)
+            pooled = self.pooler(inputs_embeds) if getattr(self, "pooler", None) else None
+            return BaseModelOutputWithPoolingAndCrossAttentions(inputs_embeds, pooled)
 
     def stored(parts: list[list[int]]) -> StoredOutputs:
         progress = logging.tqdm(parts, desc="Through the backbone, once", disable=len(parts) == 1)
@@ -51,23 +58,11 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
         order = torch.tensor(np.argsort(np.concatenate(parts)), device=outputs.device)
         return StoredOutputs(outputs[order], texts.labels)
 
+    if type(backbone).__name__ != "Passing":  # of the data set before
+        backbone.__class__ = Passing
     with trainer.accelerator.autocast():
         few = list(range(min(8, len(texts))))
         whole, alone = (model(**source.__getitems__(few)).logits for source in (texts, stored([few])))
         if alone.shape == whole.shape and torch.allclose(alone, whole, rtol=0.02, atol=0.01):
             return stored(list(longest_first(texts.lengths, trainer.args.eval_batch_size)))
     return texts
-
-
-def pass_stored_outputs_on(backbone: PreTrainedModel) -> None:
-    """Let `backbone` return what it is given as `inputs_embeds`, with its pooler's output, where it has one."""
-
-    class Passing(type(backbone)):
-        def forward(self, *args, inputs_embeds=None, **kwargs):
-            if inputs_embeds is None:
-                return super().forward(*args, **kwargs)
-            pooled = self.pooler(inputs_embeds) if getattr(self, "pooler", None) else None
-            return BaseModelOutputWithPoolingAndCrossAttentions(inputs_embeds, pooled)
-
-    if type(backbone).__name__ != "Passing":
-        backbone.__class__ = Passing

@@ -66,8 +66,7 @@ def clear_seed(method: str, config, folder: Path, fingerprint: str) -> None:
 def _flags(method: str, config, fingerprint: str) -> dict:
     """What must be the same for a run to go on."""
     free = dict.fromkeys(("seeds", "resume", "output_dir", "report_to"))
-    reviews = f"{config.dataset} with SHA-256 {fingerprint}"
-    return {"method": method, **vars(config), "dataset": reviews, **free}
+    return {"method": method, **vars(config), "dataset": f"{config.dataset} with SHA-256 {fingerprint}", **free}
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -91,21 +90,21 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
     candidates = epochs[1:] if trainer.args.load_best_model_at_end else epochs[-1:]  # epoch 0 is none
     best = max(candidates, key=lambda epoch: (epoch["validation_accuracy"], -epoch["validation_loss"]))  # as Trainer's
     train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
-    folder, reviews = Path(trainer.args.output_dir), trainer.train_dataset
-    tokens = trainer.tensors_of(reviews).input_ids.cpu().numpy().tobytes()
+    folder, reviews = Path(trainer.args.output_dir), len(trainer.train_dataset)
+    tokens = trainer.tensors_of(trainer.train_dataset).input_ids.cpu().numpy().tobytes()
     peaks = gather_object([trainer.peaks])
     phases = {phase: max(peak[phase] for peak in peaks) for phase in peaks[0]}
     peak = max(phases.values())
     record = {
         "seed": trainer.args.seed,
-        "train_reviews": len(reviews),
+        "train_reviews": reviews,
         "train_sha256": hashlib.sha256(tokens).hexdigest(),  # which ones: a subset is drawn
         "epochs": epochs,
         "best_epoch": best["epoch"],
         "untrained_test": {name: value for name, value in score(untrained_test).items() if name in ("accuracy", "f1")},
         "test": score(test),
         "train_seconds": train_seconds,
-        "train_reviews_per_second": len(reviews) * trainer.args.num_train_epochs / train_seconds,
+        "train_reviews_per_second": reviews * trainer.args.num_train_epochs / train_seconds,
         "total_seconds": time.perf_counter() - started,
         "processes": trainer.args.world_size,
         "peak_memory_bytes": peak,  # of the process that took most
