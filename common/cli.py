@@ -17,8 +17,7 @@ from transformers.utils import logging
 
 from common import demo
 
-# What --demo changes beside --model and --dataset: as much as its short reviews and tiny model need.
-DEMO_SETTINGS = dict(
+DEMO_SETTINGS = dict(  # beside --model and --dataset: as much as the demo's short reviews and tiny model need
     max_length=64, epochs=5, batch_size=32, gradient_accumulation_steps=1, learning_rate=2e-3, seeds=[0]
 )
 UPDATES = 600  # about as many at least, where --epochs is not given

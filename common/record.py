@@ -95,25 +95,19 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
     peaks = gather_object([trainer.peaks])
     phases = {phase: max(peak[phase] for peak in peaks) for phase in peaks[0]}
     peak = max(phases.values())
-    record = {
-        "seed": trainer.args.seed,
-        "train_reviews": reviews,
-        "train_sha256": hashlib.sha256(tokens).hexdigest(),  # which ones: a subset is drawn
-        "epochs": epochs,
-        "best_epoch": best["epoch"],
-        "untrained_test": {name: value for name, value in score(untrained_test).items() if name in ("accuracy", "f1")},
-        "test": score(test),
-        "train_seconds": train_seconds,
-        "train_reviews_per_second": reviews * trainer.args.num_train_epochs / train_seconds,
-        "total_seconds": time.perf_counter() - started,
-        "processes": trainer.args.world_size,
-        "peak_memory_bytes": peak,  # of the process that took most
-        "peak_memory_by_phase_bytes": phases,
-        "memory_bytes": split_memory(trainer.model, trainer.optimizer, peak),
-        "checkpoint_bytes": sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")),
-        "padding_percent": trainer.padding_percent(),
-        **dict(zip(("trainable_parameters", "total_parameters"), trainer.parameters, strict=True)),
-    }
+    trainable, total = trainer.parameters
+    untrained = {name: value for name, value in score(untrained_test).items() if name in ("accuracy", "f1")}
+    saved = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+    speed = reviews * trainer.args.num_train_epochs / train_seconds
+    # The sum tells which reviews: a subset is drawn. The memory is that of the process that took most.
+    record = {"seed": trainer.args.seed, "train_reviews": reviews, "train_sha256": hashlib.sha256(tokens).hexdigest()}
+    record |= {"epochs": epochs, "best_epoch": best["epoch"], "untrained_test": untrained, "test": score(test)}
+    record |= {"train_seconds": train_seconds, "train_reviews_per_second": speed}
+    record |= {"total_seconds": time.perf_counter() - started, "processes": trainer.args.world_size}
+    record |= {"peak_memory_bytes": peak, "peak_memory_by_phase_bytes": phases}
+    record |= {"memory_bytes": split_memory(trainer.model, trainer.optimizer, peak), "checkpoint_bytes": saved}
+    record |= {"padding_percent": trainer.padding_percent()}
+    record |= {"trainable_parameters": trainable, "total_parameters": total}
     if trainer.is_world_process_zero():
         arrays = {"validation_logits": validation.predictions, "validation_labels": validation.label_ids}
         np.savez(folder / "logits.npz", **arrays, test_logits=test.predictions, test_labels=test.label_ids)
