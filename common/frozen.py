@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils import logging
@@ -13,19 +13,17 @@ from transformers.utils import logging
 from common.trainer import ReviewTensors, ReviewTrainer, longest_first
 
 
-class StoredOutputs(Dataset):
+class StoredOutputs(TensorDataset):
     """outputs: (texts, hidden size), what the backbone gave at the one token that the head reads. labels: (texts,).
     A list of rows gives one batch: `inputs_embeds` of shape (rows, 1, hidden size), and `labels`."""
 
     def __init__(self, outputs: torch.Tensor, labels: torch.Tensor):
-        self.outputs, self.labels, self.lengths = outputs, labels, np.ones(len(outputs))
-
-    def __len__(self) -> int:
-        return len(self.outputs)
+        super().__init__(outputs, labels)
+        self.outputs, self.lengths = outputs, np.ones(len(outputs))
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        index = torch.tensor(rows).to(self.outputs.device, non_blocking=True)
-        return {"inputs_embeds": self.outputs[index].unsqueeze(1), "labels": self.labels[index]}
+        outputs, labels = self[torch.tensor(rows).to(self.outputs.device, non_blocking=True)]
+        return {"inputs_embeds": outputs.unsqueeze(1), "labels": labels}
 
 
 def head_token(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
@@ -56,7 +54,7 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
         progress = logging.tqdm(parts, desc="Through the backbone, once", disable=len(parts) == 1)
         outputs = run_backbone(model, map(texts.__getitems__, progress)).float()
         order = torch.tensor(np.argsort(np.concatenate(parts)), device=outputs.device)
-        return StoredOutputs(outputs[order], texts.labels)
+        return StoredOutputs(outputs[order], texts.labels[: len(order)])
 
     if type(backbone).__name__ != "Passing":  # of the data set before
         backbone.__class__ = Passing

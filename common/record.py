@@ -91,15 +91,14 @@ def run_record(trainer: Trainer, validation, test, untrained_test, started: floa
     best = max(candidates, key=lambda epoch: (epoch["validation_accuracy"], -epoch["validation_loss"]))  # as Trainer's
     train_seconds = trainer.run_once_seconds + sum(epoch["seconds"] for epoch in epochs)
     folder, reviews = Path(trainer.args.output_dir), len(trainer.train_dataset)
-    tokens = trainer.tensors_of(trainer.train_dataset).input_ids.cpu().numpy().tobytes()
+    tokens = trainer.tensors_of(trainer.train_dataset).input_ids.cpu().numpy().tobytes()  # they tell which were drawn
     peaks = gather_object([trainer.peaks])
     phases = {phase: max(peak[phase] for peak in peaks) for phase in peaks[0]}
-    peak = max(phases.values())
+    peak = max(phases.values())  # of the process that took most
     trainable, total = trainer.parameters
     untrained = {name: value for name, value in score(untrained_test).items() if name in ("accuracy", "f1")}
     saved = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
     speed = reviews * trainer.args.num_train_epochs / train_seconds
-    # The sum tells which reviews: a subset is drawn. The memory is that of the process that took most.
     record = {"seed": trainer.args.seed, "train_reviews": reviews, "train_sha256": hashlib.sha256(tokens).hexdigest()}
     record |= {"epochs": epochs, "best_epoch": best["epoch"], "untrained_test": untrained, "test": score(test)}
     record |= {"train_seconds": train_seconds, "train_reviews_per_second": speed}

@@ -52,8 +52,7 @@ def mask_of_texts(*args, mask_function=None, attention_mask=None, **kwargs) -> t
 
 
 def mask_of_pairs(*args, **kwargs) -> torch.Tensor:
-    """transformers' mask for attention, whole, and of batches without padding too: compiled blocks see one kind,
-    (rows, 1, width, width)."""
+    """transformers' whole mask, (rows, 1, width, width), also of batches without padding: compiled blocks see one."""
     whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(*args, **kwargs | whole).clone(memory_format=torch.contiguous_format)
 
