@@ -83,7 +83,7 @@ class Config:
         help="Compute every block again for its backward pass: less memory, more time. No gain where only the head or "
         "the last block trains.",
     )
-    torch_compile: bool = HfArg(default=False, help="Compile every block first: worth it for long runs on a GPU.")
+    torch_compile: bool = HfArg(default=False, help="Compile every block first. Compare the speed: it may not pay.")
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = HfArg(
         default="adamw_torch_fused",
         help="AdamW's states take 8 bytes per trained weight, or 2 in 8 bits; paged ones can move to the host.",

@@ -63,7 +63,7 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
     classes = data["train"].features["label"].num_classes
     if few < 50 or seen < classes:
         told = f"{few} validation texts, of {seen} of the {classes} classes"
-        PartialState().print(f"Warning:  {told}, tell little; label more, or bring a validation file")
+        PartialState().print(f"Warning:  {told}, tell little; more labels would help")
     return data, fingerprint
 
 
