@@ -14,7 +14,6 @@ import csv
 import json
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -250,7 +249,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading the weights
-    warnings.simplefilter("ignore", FutureWarning)  # what libraries say of each other
     (place, read), columns, count = source(args), {}, 0
     if place != "standard input":  # all of it is checked before long work
         for row in checked(read(), args.text_column, place):
