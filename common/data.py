@@ -54,7 +54,7 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
     labels = {name: set(rows["label"][:]) for name, rows in data.items()}
     if len(labels["train"]) < 2 or not labels["validation"]:
         flag = f"--max_train_samples {sample}" if sample else f"--dataset {config.dataset}"
-        raise UserError(f"{flag}: leaves a class or validation without reviews; at least 100 are a start")
+        raise UserError(f"{flag}: leaves a class or validation without texts; at least 100 are a start")
     counts = "{:,} training, {:,} validation and {:,} test texts".format(*map(len, data.values()))
     different = set(digests["train"])
     copies, shared = len(digests["train"]) - len(different), len(different.intersection(digests["test"]))

@@ -2,13 +2,12 @@
 
 import torch
 from torch import nn
-from transformers import Trainer
 
 from common.cli import UserError
 from common.files import public_name
 
 
-def preflight(config, trainer: Trainer, new: list[str]) -> None:
+def preflight(config, trainer, new: list[str]) -> None:
     """Print what is about to be trained, on what and how. Raises UserError as `check_trainable` does."""
     model, args = trainer.model, trainer.args
     check_trainable(model, new)
@@ -22,7 +21,7 @@ def preflight(config, trainer: Trainer, new: list[str]) -> None:
         "Backbone": f"{public_name(config.model)}, revision {config.model_revision or 'as found'}",
         "Trains": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) in float32",
         "Frozen": f"all the rest, {total - trainable:,} parameters, in {', '.join(kinds)}",
-        "Reviews": f"{len(truncated):,} to train on, {sum(truncated) / len(truncated):.1%} of them truncated to "
+        "Texts": f"{len(truncated):,} to train on, {sum(truncated) / len(truncated):.1%} of them truncated to "
         f"{config.max_length} tokens; batches of {config.batch_size}: {updates} updates in each of "
         f"{config.epochs} epochs, {updates * config.epochs:,} in all; learning rate {args.learning_rate:.2g}",
         "Device": f"{args.device.type} in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}, "

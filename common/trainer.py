@@ -66,7 +66,7 @@ class LengthGroupedBatches(Sampler):
         self.steps, self.process, self.processes = steps, process, processes
         smallest = len(lengths) // self.updates
         if smallest < steps * processes:
-            found = f"{len(lengths)} training reviews in {self.updates} batches leave one with {smallest} of them"
+            found = f"{len(lengths)} training texts in {self.updates} batches leave one with {smallest} of them"
             needs = f"it needs {steps * processes}, one for every step of every process"
             raise UserError(f"--gradient_accumulation_steps {steps}: {found}; {needs}")
 
@@ -181,7 +181,7 @@ class ReviewTrainer(Trainer):
                 if size == 1 or self.args.world_size > 1:
                     raise
             self.rows_at_a_time = size // 2
-            print(f"Out of GPU memory with {size} reviews at a time: from here on {size // 2}; batches stay the same")
+            print(f"Out of GPU memory with {size} texts at a time: from here on {size // 2}; batches stay the same")
             self.model.zero_grad()
             for weight, gradient in gradients:
                 weight.grad = gradient.clone()
