@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForSequenceClassification, TrainingArguments, set_seed
+from transformers import AutoModelForSequenceClassification
 from transformers.hf_argparser import HfArg
 
 FOLDER = Path(__file__).resolve().parent
@@ -24,7 +24,6 @@ sys.path.insert(0, str(FOLDER.parent))  # so that `common` is found wherever thi
 
 from common.cli import fit_to_size, parse_config, processes, run
 from common.data import ENOUGH_TO_CHOOSE, load_reviews, tokenize, training_sample
-from common.metrics import validation_scores
 from common.model import (
     checkpoint_blocks,
     compute_dtype,
@@ -35,8 +34,6 @@ from common.model import (
 )
 from common.preflight import preflight
 from common.record import clear_seed, last_checkpoint, open_seed, publish, run_record
-from common.speed import speed_up
-from common.trainer import ReviewTrainer
 
 
 @dataclass
@@ -62,21 +59,21 @@ class Config:
     class_weights: Literal["none", "balanced"] = HfArg(
         default="none", help="balanced: every class counts as much as any other, however rare it is."
     )
-    max_length: int = HfArg(default=512, help="Tokens per review; longer reviews are truncated at the start.")
+    max_length: int = HfArg(default=512, help="Tokens per text; longer texts are truncated at the start.")
     epochs: int | None = HfArg(
         default=None,
-        help="Passes over the training reviews. The best on validation is kept; with little validation, the last. "
-        "[5; with few reviews as many as make about 600 updates]",
+        help="Passes over the training texts. The best on validation is kept; with little validation, the last. "
+        "[5; with few texts as many as make about 600 updates]",
     )
     batch_size: int | None = HfArg(
         default=None,
-        help="Reviews per update, over all processes and accumulation steps. "
-        "[128; with fewer than 16,384 reviews 64, 32 or 16]",
+        help="Texts per update, over all processes and accumulation steps. "
+        "[128; with fewer than 16,384 texts 64, 32 or 16]",
     )
     gradient_accumulation_steps: int | None = HfArg(
         default=None,
         help="Steps per update: with 4, a quarter of the batch is in memory at a time. "
-        "[1 on a GPU; on a CPU as many as make steps of about 16 reviews: they fit its cache]",
+        "[1 on a GPU; on a CPU as many as make steps of about 16 texts: they fit its cache]",
     )
     gradient_checkpointing: bool = HfArg(
         default=False,
@@ -91,9 +88,9 @@ class Config:
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One run for each.")
     max_train_samples: int | None = HfArg(
         default=None,
-        help="Use a random, stratified subset of the training reviews, validation included; another for every seed.",
+        help="A random, stratified subset of the training texts, validation included; another for every seed. [all]",
     )
-    max_test_samples: int | None = HfArg(default=None, help="Use a random, stratified subset of the test reviews.")
+    max_test_samples: int | None = HfArg(default=None, help="A random, stratified subset of the test texts. [all]")
     output_dir: str | None = HfArg(
         default=None, help="Folder for checkpoints, models and, where given, the record. [runs/ beside the script]"
     )
@@ -130,6 +127,12 @@ def build_model(config: Config, labels: dict) -> tuple:
 
 def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes: list[str]) -> dict:
     """One run: train, choose the epoch on validation, test once. Returns its record."""
+    from transformers import TrainingArguments, set_seed  # here, not on top: --help need not wait for them
+
+    from common.metrics import validation_scores
+    from common.speed import speed_up
+    from common.trainer import ReviewTrainer
+
     started = time.perf_counter()
     folder, finished = open_seed(FOLDER.name, config, seed, fingerprint)
     if finished:

@@ -15,8 +15,6 @@ from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from common import demo
-
 DEMO_SETTINGS = dict(  # beside --model and --dataset: as much as the demo's short reviews and tiny model need
     max_length=64, epochs=5, batch_size=32, gradient_accumulation_steps=1, learning_rate=2e-3, seeds=[0]
 )
@@ -39,6 +37,10 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # the first one decides for the process
     about = {"description": sys.modules[config_class.__module__].__doc__, "allow_abbrev": False}
     parser = HfArgumentParser(config_class, formatter_class=argparse.RawDescriptionHelpFormatter, **about)
+    for action in parser._actions:
+        if action.default not in (None, argparse.SUPPRESS):  # the help of a flag without a default tells what it does
+            value = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+            action.help = f"{action.help or ''} [{value}]".lstrip()
     given = parser.parse_args(argv)
     subset = getattr(given, "max_train_samples", None) or getattr(given, "max_test_samples", None)
     data = "demo" if given.demo else Path(given.dataset).expanduser().resolve().name.split(".")[0]
@@ -54,7 +56,9 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     if config.demo:
         torch.set_num_threads(1)  # more would only get in each other's way with so small a model
         if state.is_local_main_process:  # it alone: written again, files would vanish while another process reads them
-            demo.build_demo(generated)
+            from common.demo import build_demo
+
+            build_demo(generated)
         state.wait_for_everyone()
     for name in ("model", "dataset"):  # the default revision belongs to the default repository
         other, revision = getattr(config, name) != parser.get_default(name), f"{name}_revision"

@@ -7,10 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.modeling_utils import PreTrainedModel
 
 from common.cli import UserError
 from common.hub import OFFLINE, check_hub
@@ -72,7 +69,7 @@ def weights_place() -> dict | None:
     return None if parse_flag_from_env("ACCELERATE_USE_FSDP") else {"": PartialState().device}
 
 
-def head_modules(model: PreTrainedModel) -> list[str]:
+def head_modules(model: nn.Module) -> list[str]:
     """Names of the modules that turn the last hidden states into logits, in order: the backbone's pooler, where it has
     one, and what has weights outside the backbone. Works on the meta device."""
     prefix = model.base_model_prefix
@@ -80,7 +77,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     return [name for name, part in parts.items() if part and name != prefix and any(True for _ in part.parameters())]
 
 
-def checkpoint_blocks(model: PreTrainedModel) -> None:
+def checkpoint_blocks(model: nn.Module) -> None:
     """Gradient checkpointing. Raises UserError for an architecture that has none."""
     if not model.supports_gradient_checkpointing:
         raise UserError(f"--gradient_checkpointing: {model.config.model_type} cannot")
@@ -109,6 +106,9 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Put the weights of `trainable_state` back, also into a model that FSDP has spread over processes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import FSDPModule
+
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()  # after a forward pass the outermost one still holds its weights whole

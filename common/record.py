@@ -19,13 +19,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import DatasetDict
-from transformers import Trainer
 from transformers.utils import cached_file
 
 from common.cli import UserError
 from common.data import IMDB_SHA256
 from common.files import public_name, write_json
-from common.metrics import score, split_memory
 from common.plotting import DEMO, bar_figure, line_figure, save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,9 +73,11 @@ def last_checkpoint(folder: Path) -> str | None:
     return max((str(state.parent) for state in states), key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
-def run_record(trainer: Trainer, validation, test, untrained_test, started: float) -> dict:
+def run_record(trainer, validation, test, untrained_test, started: float) -> dict:
     """One seed's entry of `runs`, also left as run.json for `--resume`, with the chosen model's logits beside it.
     validation, test, untrained_test: EvalPredictions. started: time.perf_counter() at the start."""
+    from common.metrics import score, split_memory
+
     kept = ("train_accuracy", "validation_accuracy", "validation_f1", "validation_loss", "train_loss")
     epochs, seconds = {}, 0.0
     for entry in trainer.state.log_history:

@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import transformers
 from conftest import read_reviews
 from PIL import Image
 
@@ -120,9 +121,8 @@ def test_a_setting_reaches_the_script_and_the_test_set_plays_no_part(demo, monke
     method = labels.script("PEFT_LORA")
 
     def watch(config, seed, tokenizer, data, fingerprint, classes):
-        seen.update(
-            config=config, test=len(data["test"]), warmup=method.TrainingArguments(output_dir="x").warmup_steps
-        )
+        warmup = transformers.TrainingArguments(output_dir="x").warmup_steps
+        seen.update(config=config, test=len(data["test"]), warmup=warmup)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(method, "train", watch)

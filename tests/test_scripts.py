@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from conftest import METHODS, ROOT, import_method, read_reviews
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from common import metrics, predict
 from common.cli import UserError
@@ -145,7 +145,8 @@ def test_nothing_else_at_the_top():
 # The command line
 
 
-def test_help(method, capsys):
+def test_help(method, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # every help in one line
     with pytest.raises(SystemExit) as end:
         method.main(["--help"])
     assert end.value.code == 0
@@ -153,6 +154,22 @@ def test_help(method, capsys):
     for text in ("--model_revision", "--max-length", "--seeds", "--resume", "--demo", "--learning_rate", "Frozen:"):
         assert text in shown
     assert f"\nRun:   python {method.FOLDER.name}/train.py\n" in shown
+    for flag in fields(method.Config):
+        explained = re.search(rf"\n  --{flag.name} .*\n? {{5,}}(.*)\n", shown)[1]
+        (default,) = re.findall(r"\[(.+?)\]", explained)
+        assert explained.endswith(f" [{default}]")
+        assert flag.default in (None, MISSING) or default == str(flag.default)
+    assert "One run for each. [0 1 2]" in shown
+
+
+def test_help_waits_for_nothing_that_only_training_needs():
+    slow = "['bitsandbytes', 'evaluate', 'peft', 'sklearn', 'transformers.modeling_utils', 'transformers.trainer']"
+    told = f"atexit.register(lambda: print('slow:', [name for name in {slow} if name in sys.modules]))"
+    start = (
+        f"import atexit, runpy, sys; sys.argv = ['train.py', '--help']; {told}; runpy.run_path('PEFT_QLORA/train.py', "
+    )
+    result = run("-c", f"{start}run_name='__main__')")
+    assert result.stdout.endswith("\nslow: []\n") and result.stderr == ""
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +178,8 @@ def demos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demos")
 
     def start(name):
-        flags = ("--demo", "--epochs", "2", "--output-dir", folder / name)
+        flags = ["--demo", "--epochs", "2", "--output-dir", folder / name]
+        flags += ["--gradient_checkpointing"] * (name == "PEFT_QLORA")  # it may make libraries warn
         return run(f"{name}/train.py", *flags, HF_HOME=str(folder / "cache"))
 
     with ThreadPoolExecutor(2) as pool:
@@ -172,6 +190,8 @@ def demos(tmp_path_factory):
 def test_demo_does_the_whole_job(name, demos):
     folder, result = demos[0] / name, demos[1][name]
     assert result.returncode == 0, result.stderr
+    lines = re.sub(r"\x1b\[A", "", result.stderr).replace("\r", "\n").splitlines()
+    assert not [line for line in lines if line.strip() and not re.search(r"(it/s|examples/s|s/it)\]$", line)]
     record = json.loads((folder / "results.json").read_text())
     (only,) = record["runs"]
     assert record["method"] == name
@@ -200,7 +220,7 @@ def test_demo_does_the_whole_job(name, demos):
     assert str(folder) not in (folder / "results.json").read_text()
     for chart in ("bar_chart.png", "line_chart.png"):
         assert (folder / chart).read_bytes().startswith(b"\x89PNG")
-    for title in ("Backbone", "Trains", "Frozen", "Reviews", "Device", "Record", "Models", "Test"):
+    for title in ("Backbone", "Trains", "Frozen", "Texts", "Device", "Record", "Models", "Test"):
         assert f"\n{title}: " in "\n" + result.stdout
     assert "This was the demo" in result.stdout and result.stdout.splitlines()[-1].startswith("Record: ")
     frozen = next(line for line in result.stdout.splitlines() if line.startswith("Frozen:"))
@@ -256,9 +276,9 @@ def small_run(name: str, folder: Path, *flags: str, dtype=torch.float32) -> Watc
             return super().predict(reviews, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(method, "ReviewTrainer", WatchedTrainer)
+        patch.setattr("common.trainer.ReviewTrainer", WatchedTrainer)
         patch.setattr(method, "compute_dtype", lambda: dtype)
-        patch.setattr(method, "TrainingArguments", partial(method.TrainingArguments, use_cpu=True))
+        patch.setattr("transformers.TrainingArguments", partial(TrainingArguments, use_cpu=True))
         watched.record = method.main([*SMALL, *flags, "--output_dir", str(folder)])
     return watched
 
@@ -452,17 +472,15 @@ def test_a_mistake_costs_no_trained_model(method, demos, monkeypatch):
 def test_trap_12_an_interrupted_run_of_the_same_seed_goes_on_to_the_same_result(
     method, small_runs, tmp_path, monkeypatch
 ):
-    trainer_class = method.ReviewTrainer
-
-    class Interrupted(trainer_class):
+    class Interrupted(ReviewTrainer):
         def _save_checkpoint(self, *args, **kwargs):
             super()._save_checkpoint(*args, **kwargs)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(method, "ReviewTrainer", Interrupted)
+    monkeypatch.setattr("common.trainer.ReviewTrainer", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         method.main([*SMALL, "--output_dir", str(tmp_path)])
-    monkeypatch.setattr(method, "ReviewTrainer", trainer_class)
+    monkeypatch.setattr("common.trainer.ReviewTrainer", ReviewTrainer)
     (tmp_path / "seed_3" / "checkpoint-99999").mkdir()  # as if killed while it was written
     (whole,) = small_runs[method.FOLDER.name].record["runs"]
     (resumed,) = method.main([*SMALL, "--output_dir", str(tmp_path), "--resume"])["runs"]
@@ -484,7 +502,7 @@ def test_trainer_is_told_what_the_flags_and_the_gpu_say(dtype, tmp_path, monkeyp
         raise Told(arguments)
 
     monkeypatch.setattr(method, "compute_dtype", lambda: dtype)
-    monkeypatch.setattr(method, "TrainingArguments", told)
+    monkeypatch.setattr("transformers.TrainingArguments", told)
     flags = "--demo --learning_rate 0.125 --epochs 7 --batch_size 64 --gradient_accumulation_steps 4 --seeds 5"
     with pytest.raises(Told) as caught:
         method.main([*flags.split(), "--output_dir", str(tmp_path)])

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 from conftest import import_method
 from torch import nn
 from transformers import Trainer
@@ -54,16 +55,13 @@ def test_one_trick_is_left_out(trick, demo, reviews, monkeypatch, tmp_path):
         preflight(config, seen, new)
 
     monkeypatch.setattr(method, "preflight", look)
-    before = method.speed_up, method.build_model, method.ReviewTrainer
+    before = speed.speed_up, method.build_model, trainer.ReviewTrainer, transformers.TrainingArguments
     result = measure(method, trick, job)
     nothing_stored = set() if trick == STORED else {STORED}  # of LoRA never
     assert found == [nothing_stored | {trick} - {ALL}]
     assert result["reviews_per_second"] > 0 and result["peak_memory_bytes"] > 0
-    assert before == (
-        method.speed_up,
-        method.build_model,
-        method.ReviewTrainer,
-    )
+    after = speed.speed_up, method.build_model, trainer.ReviewTrainer, transformers.TrainingArguments
+    assert after == before
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert job["config"] == dataclasses.replace(job["config"], output_dir=str(tmp_path))
 

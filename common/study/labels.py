@@ -40,7 +40,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import DataCollatorWithPadding, Trainer
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from common.cli import UPDATES, parse_config, run
 from common.data import clean, load_reviews, stratified_rows, tokenize
@@ -195,19 +195,22 @@ def tune(job: dict) -> dict:
     """One draw with one setting, scored outside the draw. job: as of `fine_tune`, and "setting"."""
     module = full_fine_tuning.SCRIPT if job["method"] == FULL else script(job["method"])
     setting, flags = tuning_parser().parse_known_args(job["flags"])
-    preflight, arguments = module.preflight, module.TrainingArguments
+    preflight = module.preflight
 
     def prepare(config, trainer, new):
         preflight(config, trainer, new)
         if setting.head_first:
             train_head_first(trainer)
 
-    changes = {
-        "load_reviews": outside_the_draw(load_reviews),
-        "preflight": prepare,
-        "TrainingArguments": lambda **given: arguments(**given | {"warmup_steps": setting.warmup}),
-    }
-    with patch.multiple(module, **changes), patch("common.cli.UPDATES", setting.updates):
+    def arguments(**given):
+        return TrainingArguments(**given | {"warmup_steps": setting.warmup})
+
+    changes = {"load_reviews": outside_the_draw(load_reviews), "preflight": prepare}
+    with (
+        patch.multiple(module, **changes),
+        patch("transformers.TrainingArguments", arguments),
+        patch("common.cli.UPDATES", setting.updates),
+    ):
         return fine_tune(job | {"flags": flags})
 
 

@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import datasets
 from peft import LoraConfig
+from transformers import TrainingArguments
 
 from common.cli import run
 from common.files import write_json
@@ -34,10 +35,10 @@ from common.study.scripts import HERE, METHODS, script
 
 def variants(method: ModuleType) -> dict[str, contextlib.AbstractContextManager]:
     """Choices that are no flags of the script `method`, by name: each is a context that undoes one of them."""
-    arguments, build_model, load_tokenizer = method.TrainingArguments, method.build_model, method.load_tokenizer
+    build_model, load_tokenizer = method.build_model, method.load_tokenizer
 
     def training(**changes):
-        return patch.object(method, "TrainingArguments", lambda **given: arguments(**given | changes))
+        return patch("transformers.TrainingArguments", lambda **given: TrainingArguments(**given | changes))
 
     def keep_the_start(*model):
         tokenizer = load_tokenizer(*model)

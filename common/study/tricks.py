@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, Trainer
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from common import speed, trainer
 from common.cli import run
@@ -45,9 +45,9 @@ TRICKS = {
 
 def without(trick: str, method: ModuleType) -> contextlib.AbstractContextManager:
     """A context in which the script `method` trains without `trick`; without none of them for ALL."""
-    speed_up, build_model = method.speed_up, method.build_model
+    speed_up, build_model = speed.speed_up, method.build_model
 
-    class StockFeeding(method.ReviewTrainer):
+    class StockFeeding(trainer.ReviewTrainer):
         get_train_dataloader = Trainer.get_train_dataloader
 
         def __init__(self, *args, **kwargs):
@@ -56,8 +56,8 @@ def without(trick: str, method: ModuleType) -> contextlib.AbstractContextManager
 
     @contextlib.contextmanager
     def stock_feeding():
-        arguments = partial(method.TrainingArguments, **STOCK_FEEDING)
-        with patch.multiple(method, ReviewTrainer=StockFeeding, TrainingArguments=arguments):
+        arguments = partial(TrainingArguments, **STOCK_FEEDING)
+        with patch.object(trainer, "ReviewTrainer", StockFeeding), patch("transformers.TrainingArguments", arguments):
             yield
 
     def plain_attention(model, *_):
@@ -73,7 +73,7 @@ def without(trick: str, method: ModuleType) -> contextlib.AbstractContextManager
     return {
         ALL: contextlib.nullcontext,
         FEEDING: stock_feeding,
-        FLASH: lambda: patch.object(method, "speed_up", plain_attention),
+        FLASH: lambda: patch.object(speed, "speed_up", plain_attention),
         NORM: lambda: patch.object(speed, "LayerNormOutsideAutocast", nn.LayerNorm),
         CASTS: lambda: patch.object(trainer, "disable_input_dtype_casting", contextlib.nullcontext),
         STORED: lambda: patch.object(
