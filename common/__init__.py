@@ -3,6 +3,5 @@
 import logging
 import warnings
 
-# What users can do nothing about: an optional kernel for CPUs, and names that transformers will drop in version 6.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # users need no other kernel for CPUs,
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # and cannot change what calls what

@@ -38,9 +38,8 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     about = {"description": sys.modules[config_class.__module__].__doc__, "allow_abbrev": False}
     parser = HfArgumentParser(config_class, formatter_class=argparse.RawDescriptionHelpFormatter, **about)
     for action in parser._actions:
-        if action.default not in (None, argparse.SUPPRESS):  # the help of a flag without a default tells what it does
-            value = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
-            action.help = f"{action.help or ''} [{value}]".lstrip()
+        if action.default not in (None, argparse.SUPPRESS):  # what None stands for, a flag's own help says
+            action.help = f"{action.help or ''} [{str(action.default).strip('[]').replace(',', '')}]"
     given = parser.parse_args(argv)
     subset = getattr(given, "max_train_samples", None) or getattr(given, "max_test_samples", None)
     data = "demo" if given.demo else Path(given.dataset).expanduser().resolve().name.split(".")[0]
@@ -65,7 +64,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
         if other and getattr(config, revision) == parser.get_default(revision):
             setattr(config, revision, None)
     if (model := Path(config.model).expanduser()).is_dir():
-        config.model = str(model.absolute())  # an adapter remembers its backbone, and may be loaded from elsewhere
+        config.model = str(model.absolute())  # an adapter's backbone is looked for there, from anywhere
     return config
 
 
@@ -74,8 +73,7 @@ def fit_to_size(config, reviews: int):
     batch_size: about its square root, a power of two from 16 to 128 (or next to it a multiple of processes and steps).
     epochs: 5, or as many as make about 600 updates: a hundred reviews need many passes."""
     parts = (config.gradient_accumulation_steps or 1) * processes()
-    root = 2 ** int(math.log2(reviews) / 2)
-    size = config.batch_size or math.ceil(min(max(root, 16), 128) / parts) * parts
+    size = config.batch_size or math.ceil(min(max(2 ** int(math.log2(reviews) / 2), 16), 128) / parts) * parts
     epochs = config.epochs or max(5, math.ceil(UPDATES / math.ceil(reviews / size)))
     # On a CPU 16 reviews at a time are faster than 128: what a layer leaves is still in the cache for the next.
     small = 1 if torch.accelerator.is_available() else max(1, min(size, reviews // 2) // 16)

@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="Which to run. [all four]")
     parser.add_argument(
         "--output_dir", "--output-dir", help="Folder for the report and the runs. [runs/compare/<name of the data>]"
     )

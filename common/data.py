@@ -59,8 +59,7 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
     different = set(digests["train"])
     copies, shared = len(digests["train"]) - len(different), len(different.intersection(digests["test"]))
     PartialState().print(f"Data:     {counts}{note}; {copies:,} copies in train, {shared:,} texts in train and test")
-    few, seen = len(data["validation"]), len(labels["validation"])
-    classes = data["train"].features["label"].num_classes
+    few, seen, classes = len(data["validation"]), len(labels["validation"]), data["test"].features["label"].num_classes
     if few < 50 or seen < classes:
         told = f"{few} validation texts, of {seen} of the {classes} classes"
         PartialState().print(f"Warning:  {told}, tell little; more labels would help")

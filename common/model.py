@@ -107,10 +107,9 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Put the weights of `trainable_state` back, also into a model that FSDP has spread over processes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.fsdp import FSDPModule
 
     for part in model.modules():
-        if isinstance(part, FSDPModule):
+        if hasattr(part, "reshard"):  # FSDP's
             part.reshard()  # after a forward pass the outermost one still holds its weights whole
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 

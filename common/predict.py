@@ -37,8 +37,9 @@ CHUNK = 1024  # rows in memory at a time
 
 def load(folder: Path, backbone: str | None = None, plain: bool = False) -> tuple:
     """The model in `folder`, in evaluation mode, and its tokenizer. An adapter comes on its backbone: as it was
-    trained, in 4 bits too; or `plain`, in float32 in the host's memory. backbone: a Hub id or a folder, where it is
-    not the one that the adapter names. Raises UserError where it cannot be read or is another one."""
+    trained, in 4 bits too; or `plain`, in float32 in the host's memory. backbone: a Hub id or a folder; None for that
+    of the run around `folder`, or without a run the one that the adapter names. Raises UserError where it cannot be
+    read or is another one."""
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "right"  # as in training
     place = {"dtype": torch.float32} if plain else {"dtype": compute_dtype(), "device_map": weights_place()}
@@ -50,7 +51,9 @@ def load(folder: Path, backbone: str | None = None, plain: bool = False) -> tupl
         from peft import PeftConfig, PeftModel  # slow to import
 
         saved = PeftConfig.from_pretrained(folder)
-        name, revision = (backbone, None) if backbone else (saved.base_model_name_or_path, saved.revision)
+        flags = folder.parent / "flags.json"  # of the run: the adapter, fit to share, names no folder of this machine
+        trained_on = json.loads(flags.read_text())["model"] if flags.exists() else saved.base_model_name_or_path
+        name, revision = (backbone, None) if backbone else (trained_on, saved.revision)
         if not plain and hasattr(config, "quantization_config"):  # trained on a GPU, it may be used on a CPU
             place["quantization_config"] = config.quantization_config | {"bnb_4bit_compute_dtype": compute_dtype()}
         try:

@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import DatasetDict
+from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import cached_file
 
 from common.cli import UserError
@@ -102,10 +103,9 @@ def run_record(trainer, validation, test, untrained_test, started: float) -> dic
     record = {"seed": trainer.args.seed, "train_reviews": reviews, "train_sha256": hashlib.sha256(tokens).hexdigest()}
     record |= {"epochs": epochs, "best_epoch": best["epoch"], "untrained_test": untrained, "test": score(test)}
     record |= {"train_seconds": train_seconds, "train_reviews_per_second": speed}
-    record |= {"total_seconds": time.perf_counter() - started, "processes": trainer.args.world_size}
-    record |= {"peak_memory_bytes": peak, "peak_memory_by_phase_bytes": phases}
+    record |= {"total_seconds": time.perf_counter() - started, "padding_percent": trainer.padding_percent()}
+    record |= {"processes": trainer.args.world_size, "peak_memory_bytes": peak, "peak_memory_by_phase_bytes": phases}
     record |= {"memory_bytes": split_memory(trainer.model, trainer.optimizer, peak), "checkpoint_bytes": saved}
-    record |= {"padding_percent": trainer.padding_percent()}
     record |= {"trainable_parameters": trainable, "total_parameters": total}
     if trainer.is_world_process_zero():
         arrays = {"validation_logits": validation.predictions, "validation_labels": validation.label_ids}
@@ -126,6 +126,7 @@ def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, run
     save(line_figure(record), place / "line_chart.png", record)
     accuracy, f1 = (spread(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
     for run in runs:
+        write_card(Path(config.output_dir, f"seed_{run['seed']}", "model"), record, run, config)
         if sum(map(any, zip(*run["test"]["confusion_matrix"], strict=True))) == 1:
             advice = "more epochs, another --learning_rate or --class_weights balanced may help"
             print(f"Warning:  seed {run['seed']} predicts one class for every test text; {advice}")
@@ -137,6 +138,22 @@ def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, run
     print(f"Models:   {', '.join(str(Path(config.output_dir, f'seed_{seed}', 'model')) for seed in config.seeds)}")
     print(f"Record:   {place / 'results.json'}, with bar_chart.png and line_chart.png beside it")
     return record
+
+
+def write_card(folder: Path, record: dict, run: dict, config) -> None:
+    """Make the saved model in `folder` fit to share: a model card, from card.md, and no path of this machine.
+    run: the model's entry in `record`. Raises ValueError for metadata of the card that are not valid."""
+    told = {**record, "run": run, "spread": spread, "saved": json.loads((folder / "config.json").read_text())}
+    for kind, published in zip(("model", "dataset"), PUBLISHED, strict=True):
+        flags = vars(type(config)() if published in record[kind].values() else config)  # a copy of the Hub's default
+        if not Path(name := flags[kind]).expanduser().exists():
+            told[kind] = record[kind] | {"id": name, "name": name, "revision": flags[f"{kind}_revision"]}
+    if (adapter := folder / "adapter_config.json").exists():
+        backbone = {"base_model_name_or_path": told["model"]["name"], "revision": told["model"]["revision"]}
+        write_json(json.loads(adapter.read_text()) | backbone, adapter)
+    (folder / "training_args.bin").unlink(missing_ok=True)  # Trainer's, with paths
+    card = ModelCard.from_template(ModelCardData(), ROOT / "common" / "card.md", adapter=adapter.exists(), **told)
+    card.save(folder / "README.md")
 
 
 def is_published(config, fingerprint: str, folder: Path) -> bool:
@@ -170,7 +187,6 @@ def make_record(method: str, argv, config, data: DatasetDict, fingerprint: str, 
     model |= {"weights_sha256": weights_sha256(config), "total_parameters": total, "trainable_parameters": trainable}
     dataset = {"name": public_name(config.dataset), "revision": config.dataset_revision, "sha256": fingerprint}
     dataset |= {split: len(rows) for split, rows in data.items()}
-    gains = [run["test"]["accuracy"] - run["untrained_test"]["accuracy"] for run in runs]
     return {
         "method": method,
         "command": command_line(f"{method}/train.py", argv),
@@ -182,7 +198,7 @@ def make_record(method: str, argv, config, data: DatasetDict, fingerprint: str, 
         "runs": runs,
         "summary": {
             **{f"test_{name}": summarize([run["test"][name] for run in runs]) for name in ("accuracy", "f1")},
-            "accuracy_gain": summarize(gains),
+            "accuracy_gain": summarize([run["test"]["accuracy"] - run["untrained_test"]["accuracy"] for run in runs]),
             **{name: summarize([run[name] for run in runs]) for name in ("train_seconds", "peak_memory_bytes")},
         },
     }

@@ -1,28 +1,35 @@
 """The four scripts: alike outside their method, and doing the whole job from the command line."""
 
 import ast
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from conftest import METHODS, ROOT, import_method, read_reviews
 from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForSequenceClassification, PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from common import metrics, predict
 from common.cli import UserError
 from common.data import load_reviews, tokenize
+from common.record import spread, write_card
 from common.trainer import ReviewTrainer
 
 SCRIPTS = [ROOT / method / "train.py" for method in METHODS]
@@ -163,7 +170,7 @@ def test_help(method, capsys, monkeypatch):
 
 
 def test_help_waits_for_nothing_that_only_training_needs():
-    slow = "['bitsandbytes', 'evaluate', 'peft', 'sklearn', 'transformers.modeling_utils', 'transformers.trainer']"
+    slow = "['bitsandbytes', 'evaluate', 'peft', 'transformers.modeling_utils', 'transformers.trainer']"
     told = f"atexit.register(lambda: print('slow:', [name for name in {slow} if name in sys.modules]))"
     start = (
         f"import atexit, runpy, sys; sys.argv = ['train.py', '--help']; {told}; runpy.run_path('PEFT_QLORA/train.py', "
@@ -191,7 +198,7 @@ def test_demo_does_the_whole_job(name, demos):
     folder, result = demos[0] / name, demos[1][name]
     assert result.returncode == 0, result.stderr
     lines = re.sub(r"\x1b\[A", "", result.stderr).replace("\r", "\n").splitlines()
-    assert not [line for line in lines if line.strip() and not re.search(r"(it/s|examples/s|s/it)\]$", line)]
+    assert not [line for line in lines if line.strip() and not re.search(r"(it/s|s/it|examples/s)\] *$", line)]
     record = json.loads((folder / "results.json").read_text())
     (only,) = record["runs"]
     assert record["method"] == name
@@ -289,11 +296,12 @@ def small_runs(tmp_path_factory):
 
 
 RELOAD = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 for folder in map(Path, sys.argv[2:]):
+    os.chdir(folder.parents[1] / "generated")  # an adapter knows the name of its backbone, not its place
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if (folder / "adapter_config.json").exists():
         names = {"id2label": config.id2label, "label2id": config.label2id}
@@ -365,6 +373,75 @@ def test_what_the_readme_says_labels_what_was_trained(tmp_path, backbones, monke
         (answer,) = ast.literal_eval(capsys.readouterr().out)
         assert answer["label"] == found["label"] == ("negative", "positive")[shares[1] > shares[0]]
         assert answer["score"] == pytest.approx(max(shares), abs=1e-5)
+
+
+def run_snippet(folder: Path, backbone: Path, text: str) -> tuple:
+    """The model and the probabilities of `text` by label, from the snippet in the card of the model in `folder`, on
+    another machine: all that it has is a copy of the folder, and in it the backbone by its name."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", ModelCard.load(folder / "README.md").text, re.DOTALL)
+    shown = io.StringIO()
+    with TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere), contextlib.redirect_stdout(shown):
+        shutil.copytree(folder, ".", dirs_exist_ok=True)
+        shutil.copytree(backbone, backbone.name)
+        names = {}
+        exec(snippet.replace('"A slow start, but what an ending."', repr(text)), names)
+    ((*answers,),) = ast.literal_eval(shown.getvalue())
+    return names["classify"].model, {answer["label"]: answer["score"] for answer in answers}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_saved_model_is_fit_to_share(name, demos, capsys):
+    folder, text = demos[0] / name / "seed_0" / "model", LONG.replace("<br />", " ")
+    record = json.loads((demos[0] / name / "results.json").read_text())
+    assert not [file for file in folder.iterdir() if str(demos[0]).encode() in file.read_bytes()]
+    card = ModelCard.load(folder / "README.md")
+    assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found == {score: record["runs"][0]["test"][score] for score in ("accuracy", "f1")}
+    assert card.data.license == "unknown" and card.data.pipeline_tag == "text-classification"
+    assert card.data.library_name == ("peft" if "PEFT" in name else "transformers")
+    assert (card.data.base_model, card.data.datasets) == (None, None), "the Hub does not have them"
+    for told in (name, "`tiny-bert`", "`negative`, `positive`", "longer than 64 tokens", record["note"]):
+        assert told in card.text
+    model, shares = run_snippet(folder, demos[0] / name / "generated" / "tiny-bert", text)
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    capsys.readouterr()
+    predict.main([str(folder), text, "--json"])
+    precision = 0.02 if name == "PEFT_QLORA" else 1e-5  # some CPUs compute its 4-bit layers in bf16
+    assert shares == pytest.approx(json.loads(capsys.readouterr().out)["probabilities"], abs=precision)
+
+
+def test_an_adapter_for_three_classes_and_what_the_hub_has(demo, tmp_path, monkeypatch, capsys):
+    """Seen by PEFT alone, an adapter has the backbone's number of labels: its card says how to load it."""
+    method, tickets = import_method("PEFT_LORA"), tmp_path / "tickets.jsonl"
+    rows = [json.loads(row)["text"] for row in (demo[1] / "train.jsonl").read_text().splitlines()[:1200:4]]
+    labels = ["bug", "no: bug", "null"]
+    tickets.write_text("".join(json.dumps({"text": row, "label": labels[len(row) % 3]}) + "\n" for row in rows))
+    flags = ["--model", str(demo[0]), "--dataset", str(tickets), "--max_length", "32", "--epochs", "1"]
+    record = method.main([*flags, "--seeds", "0", "1", "--output_dir", str(tmp_path / "runs")])
+    folder = tmp_path / "runs" / "seed_1" / "model"
+    card = ModelCard.load(folder / "README.md")
+    assert "`bug`, `no: bug`, `null`" in card.text and "tickets.jsonl, " in card.text
+    assert f"accuracy {spread(record['summary']['test_accuracy'])}, F1 " in card.text and " ± " in card.text
+    model, shares = run_snippet(folder, demo[0], SENTENCE)
+    assert (model.config.num_labels, model.config.id2label) == (3, dict(enumerate(labels)))
+    monkeypatch.chdir(demo[0].parent)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        AutoPeftModelForSequenceClassification.from_pretrained(folder)
+
+    known = method.Config(model="some/backbone", model_revision="v1", dataset="some/tickets", dataset_revision=None)
+    write_card(folder, record, record["runs"][1], known)
+    data, adapter = ModelCard.load(folder / "README.md").data, PeftConfig.from_pretrained(folder)
+    assert (data.base_model, data.datasets) == ("some/backbone", "some/tickets")
+    assert (adapter.base_model_name_or_path, adapter.revision) == ("some/backbone", "v1")
+    monkeypatch.setattr("common.record.PUBLISHED", (record["model"]["weights_sha256"], record["dataset"]["sha256"]))
+    write_card(folder, record, record["runs"][1], method.Config(model=str(demo[0]), dataset=str(tickets)))
+    data, adapter = ModelCard.load(folder / "README.md").data, PeftConfig.from_pretrained(folder)
+    assert (data.base_model, data.datasets) == (method.Config.model, method.Config.dataset), "whatever their place"
+    assert (adapter.base_model_name_or_path, adapter.revision) == (method.Config.model, method.Config.model_revision)
+    capsys.readouterr()
+    predict.main([str(folder), SENTENCE, "--json"])  # here, the backbone is where it was
+    assert shares == pytest.approx(json.loads(capsys.readouterr().out)["probabilities"], abs=1e-5)
 
 
 def test_a_saved_tokenizer_truncates_as_in_training(small_runs):
