@@ -32,7 +32,8 @@ from torch.distributed.tensor import DTensor
 train = ReviewTrainer.train
 def watched(self, *args, **kwargs):
     result = train(self, *args, **kwargs)
-    print("spread:", sum(isinstance(weight, DTensor) for weight in self.model.parameters()))
+    spread = sum(isinstance(weight, DTensor) for weight in self.model.parameters())
+    print("spread:", spread, flush=True)  # in one piece: the other process writes to the same pipe
     return result
 ReviewTrainer.train = watched
 build_demo = common.demo.build_demo
