@@ -169,13 +169,17 @@ def test_help(method, capsys, monkeypatch):
     assert "One run for each. [0 1 2]" in shown
 
 
+HELP = """
+import atexit, runpy, sys
+slow = ["bitsandbytes", "evaluate", "peft", "transformers.modeling_utils", "transformers.trainer"]
+atexit.register(lambda: print("slow:", [name for name in slow if name in sys.modules]))
+sys.argv = ["train.py", "--help"]
+runpy.run_path("PEFT_QLORA/train.py", run_name="__main__")
+"""
+
+
 def test_help_waits_for_nothing_that_only_training_needs():
-    slow = "['bitsandbytes', 'evaluate', 'peft', 'transformers.modeling_utils', 'transformers.trainer']"
-    told = f"atexit.register(lambda: print('slow:', [name for name in {slow} if name in sys.modules]))"
-    start = (
-        f"import atexit, runpy, sys; sys.argv = ['train.py', '--help']; {told}; runpy.run_path('PEFT_QLORA/train.py', "
-    )
-    result = run("-c", f"{start}run_name='__main__')")
+    result = run("-c", HELP)
     assert result.stdout.endswith("\nslow: []\n") and result.stderr == ""
 
 
