@@ -3,5 +3,6 @@
 import logging
 import warnings
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # users need no other kernel for CPUs,
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # and cannot change what calls what
+# What no user can change: which 4-bit kernels bitsandbytes finds for a CPU, and what libraries call in transformers.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

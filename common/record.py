@@ -126,7 +126,9 @@ def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, run
     save(line_figure(record), place / "line_chart.png", record)
     accuracy, f1 = (spread(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
     for run in runs:
-        write_card(Path(config.output_dir, f"seed_{run['seed']}", "model"), record, run, config)
+        model = Path(config.output_dir, f"seed_{run['seed']}", "model")
+        if model.exists():  # it may be gone where --resume found the seed finished
+            write_card(model, record, run, config)
         if sum(map(any, zip(*run["test"]["confusion_matrix"], strict=True))) == 1:
             advice = "more epochs, another --learning_rate or --class_weights balanced may help"
             print(f"Warning:  seed {run['seed']} predicts one class for every test text; {advice}")

@@ -519,6 +519,11 @@ def test_a_finished_run_is_not_repeated_by_resume(demos, monkeypatch):
     flags = ["--demo", "--epochs", "2", "--resume", "--output-dir"]
     for same in (f"../{folder.name}/", f"~/{folder.name}"):
         assert method.main([*flags, same])["runs"] == before["runs"]
+    model = folder / "seed_0" / "model"
+    with TemporaryDirectory(dir=folder) as elsewhere:  # removed to save space
+        kept = model.rename(Path(elsewhere) / "model")
+        assert method.main([*flags, str(folder)])["runs"] == before["runs"] and not model.exists()
+        kept.rename(model)
     with pytest.raises(UserError, match="--resume: the interrupted run had --epochs 2, not 3"):
         method.main([*flags, str(folder), "--epochs", "3"])
     monkeypatch.setattr(method, "load_reviews", lambda *source: (load_reviews(*source)[0], "0" * 64))
