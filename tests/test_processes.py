@@ -33,7 +33,7 @@ train = ReviewTrainer.train
 def watched(self, *args, **kwargs):
     result = train(self, *args, **kwargs)
     spread = sum(isinstance(weight, DTensor) for weight in self.model.parameters())
-    print("spread:", spread, flush=True)  # in one piece: the other process writes to the same pipe
+    print(f"spread: {spread}\\n", end="")  # in one piece: both write to one pipe, by torchrun without a buffer
     return result
 ReviewTrainer.train = watched
 build_demo = common.demo.build_demo
