@@ -111,8 +111,10 @@ def job(backbone: str, method: str, batch: int, checkpointing: bool, **other) ->
 EXTRAS = [
     *itertools.starmap(job, itertools.product(("bert-base", "bert-large"), METHODS, (32,), (True, False))),
     *itertools.starmap(job, itertools.product(("minilm-22m",), WITH_LORA, (128,), (True, False))),
-    *(job("minilm-22m", "PEFT_LORA", 256, False, torch_compile=on) for on in (False, True)),
-    *(job("bert-base", "PEFT_LORA", 128, False, torch_compile=on) for on in (False, True)),
+    job("minilm-22m", "PEFT_LORA", 256, False),
+    job("bert-base", "PEFT_LORA", 128, False),
+    *(job("minilm-22m", "PEFT_LORA", batch, False, torch_compile=True) for batch in (128, 256)),
+    *(job("bert-base", "PEFT_LORA", batch, False, torch_compile=True) for batch in (32, 128)),
     *(job("llama-7.5b", "PEFT_QLORA", 4, True, optim=name) for name in ("adamw_8bit", "paged_adamw_8bit")),
 ]
 

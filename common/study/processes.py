@@ -45,9 +45,11 @@ RUNS = [  # backbone, method, launcher, processes, flags
     *((DEFAULT, "PEFT_LORA", "torchrun", count, []) for count in (1, 2)),
     *(("bert-large", "PEFT_LORA", "torchrun", count, []) for count in (1, 2)),
     *(
-        ("llama-3b", method, launcher, count, ["--batch_size", "16", "--max_train_samples", "512"])
-        for method in ("PEFT_LORA", "PEFT_QLORA")
-        for launcher, count in (("torchrun", 1), ("torchrun", 2), ("FSDP", 2))
+        ("llama-3b", *how, ["--batch_size", "16", "--max_train_samples", "512"])
+        for how in (
+            *(("PEFT_LORA", "torchrun", 1), ("PEFT_LORA", "torchrun", 2), ("PEFT_LORA", "FSDP", 2)),
+            *(("PEFT_QLORA", "torchrun", 1), ("PEFT_QLORA", "FSDP", 2)),
+        )
     ),
 ]
 DEMO = [("tiny-llama", "PEFT_LORA", "torchrun", count, ["--batch_size", "16"]) for count in (1, 2)]
