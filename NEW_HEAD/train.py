@@ -180,6 +180,8 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         metric_for_best_model="validation_rank",  # accuracy, then loss
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # it would make the host wait for the GPU in every step
+        ddp_find_unused_parameters=False,  # all that trains takes part in every step; buffers never change
+        ddp_broadcast_buffers=False,
         report_to=config.report_to,
     )
     trainer = ReviewTrainer(
