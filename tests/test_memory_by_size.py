@@ -158,10 +158,11 @@ def test_tables(tmp_path):
     plain = study.job("bert-base", "PEFT_LORA", 128, False) | sizes | measured | {"matrix_share": None}
     plain |= {"reviews_per_second": 1000.0, "first_epoch_seconds": 1.0}
     compiled = plain | {"torch_compile": True, "reviews_per_second": 1250.0, "first_epoch_seconds": 21.0}
-    record["rows"] += [plain, compiled]
+    larger, reusing = ({**row, "batch": 256, "first_epoch_seconds": 1.0} for row in (plain, compiled))
+    record["rows"] += [plain, compiled, larger, reusing]
     (tmp_path / "common" / "study" / "memory_by_size.json").write_text(json.dumps(record))
     change = report.memory_by_size(tmp_path, ["torch_compile"])
-    assert "| 1,000.0 | 1,250.0 | 20 | 100,000 |" in change
+    assert change.count("| 1,000.0 | 1,250.0 | 20 | 0.1 |") == 2
     change = report.memory_by_size(tmp_path, ["gradient_checkpointing"])
     assert "| llama-7.5b | PEFT_LORA | 4 | on | out of memory (99) | 16.2 (16) |  | 12.0 (25%) |" in change
 
