@@ -13,8 +13,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.cli import UserError
 
-FLASH_TYPES = (torch.float16, torch.bfloat16)
-
 
 def speed_up(model: PreTrainedModel, torch_compile: bool = False) -> None:
     """Let encoders' padded batches go through flash attention, and frozen LayerNorms compute in their own type.
@@ -56,14 +54,8 @@ def mask_of_texts(*args, mask_function=None, attention_mask=None, always=False, 
     if mask_function is not bidirectional_mask_function or attention_mask is None or attention_mask.ndim != 2:
         return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
     mask = attention_mask.bool()[:, None, None, :]
-    if has_flash_attention(mask.device):
-        mask.sequence_ends = sequence_ends(attention_mask)  # once, for all blocks
+    mask.sequence_ends = sequence_ends(attention_mask)  # once, for all blocks
     return mask
-
-
-def has_flash_attention(device: torch.device) -> bool:
-    available = torch.backends.cuda.is_flash_attention_available()
-    return device.type == "cuda" and available and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def sequence_ends(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -82,10 +74,15 @@ def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     and padding can be such a sequence. query, key, value: (rows, heads, width, size)."""
     ends = getattr(attention_mask, "sequence_ends", None)
     rows, heads, width, size = query.shape
-    fits = query.dtype in FLASH_TYPES and size % 8 == 0 and size <= 128 and kwargs.get("position_bias") is None
-    if ends is None or not fits:
+    fits = size % 8 == 0 and size <= 128 and kwargs.get("position_bias") is None
+    if ends is None or not fits or not has_flash_attention(query):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     query, key, value = (part.transpose(1, 2).reshape(rows * width, heads, size) for part in (query, key, value))
     forward = torch.ops.aten._flash_attention_forward  # what torch.nn.attention.varlen_attn calls, without dropout
     output, *_ = forward(query, key, value, ends, ends, width, width, dropout, False, False, scale=scaling)
     return output.view(rows, width, heads, size), None
+
+
+def has_flash_attention(query: torch.Tensor) -> bool:
+    """Whether PyTorch's flash attention takes this tensor. GPUs that compute in bfloat16 have it."""
+    return query.is_cuda and query.dtype == torch.bfloat16 and torch.backends.cuda.is_flash_attention_available()

@@ -512,9 +512,9 @@ def memory_by_size(folder: Path, words: list[str]) -> str:
             cells = [cell(found) for cell in (memory_cell, speed_cell) for found in (plain, row)]
             lines.append([row["backbone"], row["method"], row["batch"], row[kind] if usual else "on", *cells])
             if kind == "torch_compile":
-                of_backbone = [found for found in record["rows"] if found["backbone"] == row["backbone"]]
-                slowest = max(found["first_epoch_seconds"] for found in of_backbone if found[kind])  # the others reuse it
-                compiling = slowest - plain["first_epoch_seconds"]
+                same = (found for found in record["rows"] if found["backbone"] == row["backbone"] and found[kind])
+                first = max(found["first_epoch_seconds"] for found in same)  # the others reuse what it compiled
+                compiling = first - plain["first_epoch_seconds"]
                 gain = 1 / plain["reviews_per_second"] - 1 / row["reviews_per_second"]  # seconds per review
                 lines[-1] += [f"{compiling:.0f}", f"{compiling / gain / 1e6:.1f}" if gain > 0 else "never"]
     more = ",compiling (s),pays from (millions of reviews)" if kind == "torch_compile" else ""
