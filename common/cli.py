@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,8 @@ from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-DEMO_SETTINGS = dict(  # beside --model and --dataset: as much as the demo's short reviews and tiny model need
-    max_length=64, epochs=5, batch_size=32, gradient_accumulation_steps=1, learning_rate=2e-3, seeds=[0]
-)
+# Beside --model and --dataset: as much as the demo's short reviews and tiny model need.
+DEMO_SETTINGS = dict(max_length=64, epochs=5, gradient_accumulation_steps=1, learning_rate=2e-3, seeds=[0])
 UPDATES = 600  # about as many at least, where --epochs is not given
 
 
@@ -42,9 +42,9 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
             action.help = f"{action.help or ''} [{str(action.default).strip('[]').replace(',', '')}]"
     given = parser.parse_args(argv)
     subset = getattr(given, "max_train_samples", None) or getattr(given, "max_test_samples", None)
-    data = "demo" if given.demo else Path(given.dataset).expanduser().resolve().name.split(".")[0]
+    data = "demo" if given.demo else Path(os.path.realpath(os.path.expanduser(given.dataset))).name.split(".")[0]
     output_dir = given.output_dir or folder / "runs" / (f"{data}_partial" if subset else data)
-    output_dir = Path(output_dir).expanduser().resolve()
+    output_dir = Path(os.path.realpath(os.path.expanduser(output_dir)))  # unlike Path's own, these never fail
     generated = output_dir / "generated"
     if given.demo:
         sources = {"model": str(generated / "tiny-bert"), "dataset": str(generated / "generated-reviews")}
@@ -63,8 +63,8 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
         other, revision = getattr(config, name) != parser.get_default(name), f"{name}_revision"
         if other and getattr(config, revision) == parser.get_default(revision):
             setattr(config, revision, None)
-    if (model := Path(config.model).expanduser()).is_dir():
-        config.model = str(model.absolute())  # an adapter's backbone is looked for there, from anywhere
+    if os.path.isdir(model := os.path.expanduser(config.model)):
+        config.model = os.path.abspath(model)  # an adapter's backbone is looked for there, from anywhere
     return config
 
 
@@ -105,14 +105,15 @@ def _check(config, method: str) -> None:
     compilers = os.environ.get("CC", ""), "gcc", "clang", "cl"
     if getattr(config, "torch_compile", False) and not any(map(shutil.which, compilers)):
         raise UserError("--torch_compile: needs a C compiler such as gcc; there is none on the PATH")
-    output_dir = Path(config.output_dir)
-    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {output_dir}: {existing} is no folder that can be written to")
-    for folder in (output_dir / f"seed_{seed}" for seed in config.seeds):
-        flags = folder / "flags.json"  # our mark
-        if folder.exists() and not (flags.exists() and f'"method": "{method}"' in flags.read_text()):
-            raise UserError(f"--output_dir {output_dir}: its {folder.name} was not left by {method}; name another")
+    try:  # permissions alone do not tell; and the record will be in UTF-8
+        for folder in (Path(config.output_dir, f"seed_{seed}") for seed in config.seeds):
+            flags = folder / "flags.json"  # our mark
+            if folder.exists() and not (flags.is_file() and f'"method": "{method}"'.encode() in flags.read_bytes()):
+                raise UserError(f"--output_dir {folder.parent}: {folder.name} was not left by {method}; name another")
+        Path(config.output_dir.encode().decode(), "generated" * config.demo).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.output_dir).close()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--output_dir {config.output_dir}: is no folder that can be written to ({error})") from error
 
 
 def run(main: Callable[[], object]) -> None:

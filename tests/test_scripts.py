@@ -537,7 +537,7 @@ def test_another_methods_folder_is_neither_resumed_nor_overwritten(demos):
     folder = demos[0] / "NEW_HEAD"
     before = {path: path.stat().st_mtime_ns for path in folder.glob("seed_0/**/*")}
     for flags in ([], ["--resume"]):
-        with pytest.raises(UserError, match=f"--output_dir {folder}: its seed_0 was not left by LAST_LAYER"):
+        with pytest.raises(UserError, match=f"--output_dir {folder}: seed_0 was not left by LAST_LAYER"):
             import_method("LAST_LAYER").main(["--demo", "--epochs", "2", "--output_dir", str(folder), *flags])
     assert before and {path: path.stat().st_mtime_ns for path in folder.glob("seed_0/**/*")} == before
 
