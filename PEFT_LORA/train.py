@@ -143,7 +143,7 @@ def build_model(config: Config, labels: dict) -> tuple:
         task_type="SEQ_CLS",  # without it PEFT neither trains nor saves the head
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        target_modules=lora_targets(model, config.target_modules),
+        target_modules=lora_targets(model, config.target_modules, config.lora_r),
         modules_to_save=[*head],  # PEFT's default misses the poolers of BERT and DeBERTa
     )
     # The revision is kept with the adapter, which is worthless on another backbone.

@@ -1,5 +1,6 @@
 """A pretrained classifier: its tokenizer, its precision, and its head, found by its structure."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import has_file
 
 from common.cli import UserError
 from common.hub import OFFLINE, check_hub
@@ -19,11 +21,18 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
     folder = Path(name) if Path(name).is_dir() else None
     if not folder:
         check_hub(name, revision, "model")
+    file, index = "config, tokenizer or index", "model.safetensors.index.json"
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name}: {str(error).splitlines()[0] if folder else OFFLINE}") from error
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        weights = [file for file in ("model.safetensors", index) if has_file(name, file, revision=revision)][:1]
+        if folder and weights == [index]:
+            weights = sorted({*json.loads((folder / index).read_bytes())["weight_map"].values()})
+        for file in weights if folder else ():
+            safe_open(folder / file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:  # also half a download, or a Git LFS pointer in its place
+        reason = OFFLINE if not folder and isinstance(error, OSError) else f"bad {file}: {str(error).splitlines()[0]}"
+        raise UserError(f"--model {name}: {reason}") from error
     # XLNet's classifier, whose summary type is "last", reads padding where a batch has a longer text.
     one_token = config.model_type != "xlnet" and not config.is_encoder_decoder
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or not one_token:
@@ -32,13 +41,13 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
         raise UserError(f"--model {name}: {missing}; {needs}")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
         raise UserError(f"--model {name}: has no tokenizer files; its tokenizer would know no word")
-    if folder and not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise UserError(f"--model {name}: has no weights, model.safetensors or pytorch_model.bin")
-    for file in folder.glob("*.safetensors") if folder else ():
-        try:
-            safe_open(file, framework="pt")
-        except SafetensorError as error:  # half a download, or a Git LFS pointer in its place
-            raise UserError(f"--model {name}: {file.name} is damaged ({error}); download it again") from error
+    if not weights:
+        convert = f"from transformers import pipeline as p; p('feature-extraction', {name!r}).save_pretrained('new')"
+        raise UserError(
+            f'--model {name}: has no model.safetensors; python -c "{convert}" converts a pytorch_model.bin'
+        )
+    if len(tokenizer) > (known := getattr(config.get_text_config(), "vocab_size", len(tokenizer))):
+        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embeddings are of {known}")
     positions = getattr(config, "max_position_embeddings", -1)  # none: any number
     longest = min(tokenizer.model_max_length, positions if positions > 0 else max_length)
     shortest = tokenizer.num_special_tokens_to_add() + 1
@@ -94,9 +103,10 @@ def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) ->
             part.attention_dropout = 0.0
 
 
-def missing_weights(loading: dict) -> list[str]:
-    """Names of the newly initialised weights, from what `from_pretrained` says of the load."""
-    return [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
+def missing_weights(loading: dict) -> dict[str, str]:
+    """Names of the newly initialised weights and why they are, from what `from_pretrained` says of the load."""
+    sizes = {name: f"is {[*saved]} there, not {[*needed]}" for name, saved, needed in loading["mismatched_keys"]}
+    return dict.fromkeys(sorted(loading["missing_keys"]), "is not in its weights") | sizes
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:

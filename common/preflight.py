@@ -7,7 +7,7 @@ from common.cli import UserError
 from common.files import public_name
 
 
-def preflight(config, trainer, new: list[str]) -> None:
+def preflight(config, trainer, new: dict[str, str]) -> None:
     """Print what is about to be trained, on what and how. Raises UserError as `check_trainable` does."""
     model, args = trainer.model, trainer.args
     check_trainable(model, new)
@@ -31,18 +31,16 @@ def preflight(config, trainer, new: list[str]) -> None:
         print(*(f"{title + ':':<10}{text}" for title, text in lines.items()), sep="\n")
 
 
-def check_trainable(model: nn.Module, new: list[str]) -> None:
+def check_trainable(model: nn.Module, new: dict[str, str]) -> None:
     """Raise UserError where a newly initialised weight is frozen or quantized, or one would train in few bits.
-    new: names of the newly initialised weights, in the model as loaded."""
+    new: names of the newly initialised weights, in the model as loaded, and why they are."""
     # PEFT trains a copy of a saved module: "classifier.weight" is in "...classifier.modules_to_save.default.weight".
     weights = {name.replace("modules_to_save.default.", ""): weight for name, weight in model.named_parameters()}
     weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
-    for name in new:
-        weight = weights.get(name)
-        if hasattr(weight, "quant_state"):
-            raise UserError(f"--model: {name} is newly initialised and was quantized; it could not train")
-        if weight is None or not weight.requires_grad:
-            raise UserError(f"--model: {name} is newly initialised, but would not train")
+    if still := [name for name in new if not getattr(weights.get(name), "requires_grad", False)]:
+        state = "quantized" if hasattr(weights.get(still[0]), "quant_state") else "frozen"
+        cause = f"{still[0]} {new[still[0]]}; {state}, it would stay random, one of {len(still)} that would"
+        raise UserError(f"--model {model.config._name_or_path}: {cause}; do config.json and weights belong together?")
     for name, weight in weights.items():
         if weight.requires_grad and weight.dtype != torch.float32:
             raise UserError(f"--model: {name} would train in {weight.dtype}; what trains belongs in float32")
