@@ -434,7 +434,8 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_path, demo
     assert all(torch.equal(weight, converted[name]) for name, weight in model.state_dict().items())
 
 
-def test_nothing_that_came_with_a_model_is_run(tmp_path, demo):
+def test_nothing_that_came_with_a_model_is_run(tmp_path, demo, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *question: "y")  # transformers may ask whether to run it
     copy_backbone(demo, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save({"weight": Pickled(tmp_path / "trace")}, tmp_path / "pytorch_model.bin")

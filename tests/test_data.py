@@ -18,6 +18,7 @@ from pathlib import Path
 import datasets
 import hypothesis
 import numpy as np
+import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -695,6 +696,12 @@ def test_labels_as_numbers_here_and_as_words_there_are_not_mixed_up(tmp_path):
     refuse(
         write_reviews(tmp_path / "reviews", test=words), "row 0 of the test .* '0', is of no class in train; .* 0, 1$"
     )
+
+
+def test_parquet_with_an_index_of_pandas_is_no_wide_table(tmp_path):
+    for split, rows in (("train", TRAIN), ("test", TEST)):
+        pd.DataFrame(rows, index=range(7, 7 + len(rows) * 2, 2)).to_parquet(tmp_path / f"{split}.parquet", index=True)
+    assert pairs(read_reviews(str(tmp_path))[0]["test"]) == pairs(TEST)
 
 
 def test_parquet_with_bytes_that_are_no_text(tmp_path):

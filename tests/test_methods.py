@@ -1,8 +1,11 @@
 """What each method trains, freezes and quantizes, on every architecture; one test for each trap."""
 
+import contextlib
 import dataclasses
 import gc
 import json
+import os
+import pickle
 import shutil
 
 import bitsandbytes
@@ -434,3 +437,26 @@ def test_an_architecture_without_checkpointing_or_blocks_says_so(backbones, tmp_
         checkpoint_blocks(model)
     with pytest.raises(UserError, match="--torch_compile: mpnet has no blocks"):
         speed_up(model, torch_compile=True)
+
+
+class Pickled:
+    """Unpickling one runs a program: here it makes a folder."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_nothing_in_a_checkpoint_is_run(name, backbones, tokens, tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer("NEW_HEAD", backbones["bert"], tmp_path, tokens, **settings).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    assert (checkpoint / name).exists()
+    torch.save({"state": Pickled(tmp_path / "trace")}, checkpoint / name)
+    with contextlib.suppress(pickle.UnpicklingError):
+        again = make_trainer("NEW_HEAD", backbones["bert"], tmp_path, tokens, **settings)
+        again.train(resume_from_checkpoint=str(checkpoint))
+    assert not (tmp_path / "trace").exists()
