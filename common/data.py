@@ -55,9 +55,8 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
     counts = "{:,} training, {:,} validation and {:,} test texts".format(*map(len, data.values()))
     copies, shared = len(digests["train"]) - len(set(digests["train"])), len({*digests["train"]} & {*digests["test"]})
     PartialState().print(f"Data:     {counts}{note}; {copies:,} copies in train, {shared:,} texts in train and test")
-    classes = data["train"].features["label"].num_classes
     for split in ("validation", "test"):
-        if len(data[split]) < 50 or len(labels[split]) < classes:
+        if len(labels[split]) < (classes := data[split].features["label"].num_classes) or len(data[split]) < 50:
             few = f"{len(data[split])} {split} texts, of {len(labels[split])} of the {classes} classes"
             PartialState().print(f"Warning:  {few}, tell little; more would help")
     return data, fingerprint
