@@ -30,9 +30,9 @@ from common.model import (
     label_config,
     load_tokenizer,
     load_trainable_state,
+    preflight,
     trainable_state,
 )
-from common.preflight import preflight
 from common.record import clear_seed, last_checkpoint, open_seed, publish, run_record
 
 

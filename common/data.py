@@ -159,8 +159,7 @@ def _read_file(file: Path) -> Dataset:
         with file.open(encoding="utf-8-sig") as lines:
             if builder == "csv":
                 separator = max(",;\t", key=lines.readline().count)
-                # "NA" and "null" are texts; only nothing is missing
-                options = {"sep": separator, "keep_default_na": False, "na_values": [""]}
+                options = {"sep": separator, "keep_default_na": False, "na_values": [""]}  # "NA" and "null" are texts
             for line in enumerate(lines if builder == "json" else (), 1):  # what is no JSON can crash Arrow's parser
                 json.loads(line[1].strip() or "{}")
         rows = load_dataset(builder, data_files=glob.escape(str(file)), split="train", **options)
@@ -231,11 +230,9 @@ def _with_class_labels(splits: dict[str, Dataset], config) -> dict[str, Dataset]
     classes = sorted(set(labels[train]))
     names = [named["train"][number] for number in classes] if named["train"] else list(map(str, classes))
     names = ["negative", "positive"] if names == ["neg", "pos"] else names
-    options = {"batched": True, "features": Features(text=Value("string"), label=ClassLabel(names=names))}
+    options = {"features": Features(text=Value("string"), label=ClassLabel(names=names)), "desc": "Reading"}
     options["function"] = lambda rows: {"text": rows[text], "label": list(map(classes.index, rows[label]))}
-    return {
-        name: rows.map(**options, remove_columns=rows.column_names, desc="Reading") for name, rows in splits.items()
-    }
+    return {name: rows.map(**options, batched=True, remove_columns=rows.column_names) for name, rows in splits.items()}
 
 
 def _proposal(rows: Dataset) -> str:

@@ -40,8 +40,7 @@ from transformers import (
 
 from common.blocks import transformer_blocks
 from common.cli import UserError
-from common.model import checkpoint_blocks, compute_dtype, count_parameters, trainable_state
-from common.preflight import check_trainable
+from common.model import check_trainable, checkpoint_blocks, compute_dtype, count_parameters, trainable_state
 from common.speed import speed_up
 
 HEADS = {
