@@ -1,6 +1,4 @@
-"""Texts in, tokens out: the Hub, local files or the official archive; splits; tokenisation.
-The default data set is the Large Movie Review Dataset (Maas et al., 2011, "Learning Word Vectors for Sentiment
-Analysis"): 25,000 training and 25,000 test reviews, half of them positive."""
+"""Texts in, tokens out: the Hub, local files or the official archive; splits; tokenisation."""
 
 import glob
 import hashlib
@@ -10,28 +8,30 @@ import shlex
 import tarfile
 from pathlib import Path, PurePosixPath
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pandas as pd
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from huggingface_hub import errors
 from torch.utils.data import Subset
 
 from common.cli import UserError
-from common.hub import OFFLINE, check_hub
 
 IMDB_SHA256 = "6926d9298a1154bb239b57fdec17e037b09d709a3e58a9385bd9a72f333a0f0d"  # as `load_reviews` sums it
 ENOUGH_TO_CHOOSE = 200  # validation reviews; by fewer the best epoch is a matter of luck
 SPLITS = ("train", "validation", "test")
+OFFLINE = "is not here or in the cache, and the Hub is out of reach; try a network once, local files, or --demo"
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json"}  # of load_dataset
 
 
 def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
-    """Splits "train", "validation" and "test" with columns `text` (str) and `label` (ClassLabel), and a fingerprint.
-    config: has `dataset`, `dataset_revision`, `text_column`, `label_column`, and `max_train_samples` and
-    `max_test_samples`: a random, stratified subset, of the training reviews another one for each `seed`. Without a
-    validation split of its own, validation is split off them; without a test split, that is split off first. The
-    fingerprint is the SHA-256 of all the reviews, no subset, whatever their order or file format.
-    Prints how many texts each has. Raises UserError where the data set cannot be read or used."""
+    """Splits "train", "validation" and "test" with columns `text` (str) and `label` (ClassLabel), and a fingerprint:
+    the SHA-256 of all the reviews, whatever their order or file format. Without a validation split of its own,
+    validation is split off the training reviews; without a test split, that is split off first. config: what its
+    `max_train_samples` and `max_test_samples` keep is random and stratified, and another part of the training reviews
+    for each `seed`. Raises UserError for what cannot be read or used."""
     sample, parts, note = config.max_train_samples, 10, ""
     splits = _with_class_labels(_read(config.dataset, config.dataset_revision), config)
     if "test" not in splits:
@@ -39,8 +39,8 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
         parts, note = 9, ", split by the hash of the text"  # of the rest: validation gets as many as test
     digests = {name: _digests(rows) for name, rows in splits.items()}
     labels = {name: rows["label"][:] for name, rows in splits.items()}
-    pairs = ((name, *pair) for name in splits for pair in zip(digests[name], labels[name], strict=True))
-    listing = [f"{name} {digest.hex()} {label}" for name, digest, label in pairs]
+    pairs = {name: zip(digests[name], labels[name], strict=True) for name in splits}
+    listing = [f"{name} {digest.hex()} {label}" for name, rows in pairs.items() for digest, label in rows]
     fingerprint = hashlib.sha256("\n".join(sorted(listing)).encode()).hexdigest()
     train = splits["train"].select(stratified_rows(labels["train"], sample, seed))
     train, validation = (train, splits["validation"]) if "validation" in splits else _divide(train, parts)
@@ -243,3 +243,23 @@ def _proposal(rows: Dataset) -> str:
     texts = [name for name in kinds if name not in labels and "string" in kinds[name]]
     flags = f"; try --text_column {shlex.join(texts)} --label_column {shlex.join(labels)}"
     return flags if len(labels) == len(texts) == 1 else ""
+
+
+def check_hub(name: str, revision: str | None, kind: str) -> None:
+    """Raise UserError where the Hub says that it does not have `name` at `revision`, or not for this user. Where it
+    does not answer in 10 seconds, loading takes the cache alone from here on. kind: "model" or "dataset"."""
+    log_in = "log in with `hf auth login` or set HF_TOKEN" + "; no token was found" * (not huggingface_hub.get_token())
+    reasons = {
+        errors.GatedRepoError: f"--{kind} {name}: wants its terms accepted on its page on the Hub; then {log_in}",
+        errors.RevisionNotFoundError: f"--{kind}_revision {revision}: {name} has no such commit, tag or branch",
+        errors.RepositoryNotFoundError: f"--{kind} {name}: the Hub has no such {kind}; if it is private, {log_in}",
+        errors.HFValidationError: f"--{kind} {name}: is no folder here, and no name that the Hub could have",
+    }
+    try:
+        huggingface_hub.HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10)
+    except tuple(reasons) as error:
+        raise UserError(reasons[type(error)]) from error
+    except (errors.HTTPError, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            raise UserError(f"--{kind} {name}: the Hub does not accept the token; {log_in}") from error
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

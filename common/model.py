@@ -8,12 +8,12 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import has_file
 
-from common.cli import UserError
-from common.files import public_name
-from common.hub import OFFLINE, check_hub
+from common.cli import UserError, public_name
+from common.data import OFFLINE, check_hub
 
 
 def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrainedTokenizerBase:
@@ -34,9 +34,8 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
     except (SafetensorError, OSError, ValueError) as error:  # also half a download, or a Git LFS pointer in its place
         reason = OFFLINE if not folder and isinstance(error, OSError) else f"bad {file}: {str(error).splitlines()[0]}"
         raise UserError(f"--model {name}: {reason}") from error
-    # XLNet's classifier, whose summary type is "last", reads padding where a batch has a longer text.
-    one_token = config.model_type != "xlnet" and not config.is_encoder_decoder
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or not one_token:
+    other = config.is_encoder_decoder or config.model_type == "xlnet"  # which reads a longer neighbour's padding
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or other:
         missing = f"{config.model_type} has no classifier that reads a text's first token or its last"
         raise UserError(f"--model {name}: {missing}; needs an encoder or a decoder that has one")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
@@ -72,8 +71,7 @@ def compute_dtype() -> torch.dtype:
 
 
 def weights_place() -> dict | None:
-    """`device_map` for `from_pretrained`: this process's device; None, the host's memory, where FSDP will spread them.
-    4-bit weights are always loaded to the device, whole."""
+    """`device_map`: this process's device; None, the host's memory, where FSDP spreads all but 4-bit weights."""
     return None if parse_flag_from_env("ACCELERATE_USE_FSDP") else {"": PartialState().device}
 
 
@@ -115,8 +113,6 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Put the weights of `trainable_state` back, also into a model that FSDP has spread over processes."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
     for part in model.modules():
         if hasattr(part, "reshard"):  # FSDP's
             part.reshard()  # after a forward pass the outermost one still holds its weights whole
@@ -124,8 +120,7 @@ def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> No
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters as deployed: PEFT's frozen originals of saved modules do not count, and 4-bit
-    weights count as the parameters they stand for."""
+    """(trainable, total) parameters as deployed: no frozen copies of PEFT's; 4-bit weights as those they stand for."""
     weights = [weight for name, weight in model.named_parameters() if "original_module." not in name]
     counts = [(getattr(weight, "quant_state", None) or weight).shape.numel() for weight in weights]
     trainable = sum(count for count, weight in zip(counts, weights, strict=True) if weight.requires_grad)
@@ -137,15 +132,14 @@ def preflight(config, trainer, new: dict[str, str]) -> None:
     model, args = trainer.model, trainer.args
     check_trainable(model, new)
     trainable, total = trainer.parameters
-    frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point()}
-    kinds = [str(dtype).removeprefix("torch.") for dtype in frozen]
-    kinds += ["4 bits"] * any(hasattr(weight, "quant_state") for weight in model.parameters())
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    kinds = {"4 bits" if hasattr(weight, "quant_state") else str(weight.dtype)[len("torch.") :] for weight in frozen}
     truncated = trainer.train_dataset["truncated"][:]
     updates = trainer.training_batches(trainer.tensors_of(trainer.train_dataset).lengths).updates
     lines = {
         "Backbone": f"{public_name(config.model)}, revision {config.model_revision or 'as found'}",
         "Trains": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) in float32",
-        "Frozen": f"all the rest, {total - trainable:,} parameters, in {', '.join(kinds)}",
+        "Frozen": f"all the rest, {total - trainable:,} parameters, in {', '.join(sorted(kinds))}",
         "Texts": f"{len(truncated):,} to train on, {sum(truncated) / len(truncated):.1%} of them truncated to "
         f"{config.max_length} tokens; batches of {config.batch_size}: {updates} updates in each of "
         f"{config.epochs} epochs, {updates * config.epochs:,} in all; learning rate {args.learning_rate:.2g}",

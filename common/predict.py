@@ -25,9 +25,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 from common import demo
-from common.cli import UserError, run
+from common.cli import UserError, run, whole_file
 from common.data import clean
-from common.files import whole_file
 from common.model import compute_dtype, label_config, missing_weights, weights_place
 
 ROOT = Path(__file__).resolve().parents[1]

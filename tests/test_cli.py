@@ -110,7 +110,8 @@ def test_a_flag_may_have_its_default_though_it_is_zero():
 
 
 def test_batch_is_divided_over_the_processes(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    parse()  # from where on the state of processes is there
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 3)
     assert parse("--batch_size 12 --gradient_accumulation_steps 2").batch_size == 12
     for size in (8, 9):
         with pytest.raises(UserError, match=f"--batch_size {size}: must be a multiple of 6"):
@@ -192,6 +193,18 @@ def test_nothing_is_written_where_a_flag_is_wrong(flags, demo_built):
     with pytest.raises(UserError):
         parse(f"--demo {flags}")
     assert not demo_built
+
+
+def test_files_have_no_revision(tmp_path):
+    """Which nobody checked."""
+    config = parse(f"--model {tmp_path} --model_revision v1 --dataset {tmp_path} --dataset_revision v2")
+    assert config.model_revision is config.dataset_revision is None
+
+
+@pytest.mark.parametrize("name", ["model", "dataset", "output_dir"])
+def test_an_empty_value_is_refused(name):
+    with pytest.raises(UserError, match=f'--{name} "": is empty'):
+        parse(f"--{name}=")
 
 
 # --output_dir
@@ -285,12 +298,20 @@ def test_a_seeds_folder_that_is_not_this_methods_is_refused(tmp_path):
     ("body", "status", "lines"),
     [
         ("pass", 0, []),
-        ("raise UserError('--epochs 0: must be greater than 0')", 1, ["error: --epochs 0: must be greater than 0"]),
-        ("raise KeyboardInterrupt", 130, ["", "Interrupted. The same command with --resume goes on after "]),
+        (
+            "raise UserError('--epochs 0: must be greater than 0')",
+            2,
+            ["", "error: --epochs 0: must be greater than 0"],
+        ),
+        (
+            "os.kill(os.getpid(), signal.SIGINT)",
+            130,
+            ["", "Interrupted. The same command with --resume goes on after "],
+        ),
     ],
 )
 def test_run_ends_in_one_line(body, status, lines):
-    script = f"from common.cli import UserError, run\ndef main():\n    {body}\nrun(main)"
+    script = f"import os, signal\nfrom common.cli import UserError, run\ndef main():\n    {body}\nrun(main)"
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (status, "")
     shown = ended.stderr.splitlines()
@@ -317,7 +338,7 @@ def test_run_does_not_hide_bugs(bug):
             (name, "is no folder here, and no name that the Hub could have")
             for name in ("./nowhere", "no/such/folder")
         ),
-        *((name, "is in no folder here and not in the cache, and the Hub") for name in ("nowhere", "nobody/nothing")),
+        *((name, "is not here or in the cache, and the Hub") for name in ("nowhere", "nobody/nothing")),
     ],
 )
 def test_unknown_model(name, reason):
@@ -434,7 +455,7 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_path, demo
     assert all(torch.equal(weight, converted[name]) for name, weight in model.state_dict().items())
 
 
-def test_nothing_that_came_with_a_model_is_run(tmp_path, demo, monkeypatch):
+def test_code_or_pickles_come_with_a_model(tmp_path, demo, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *question: "y")  # transformers may ask whether to run it
     copy_backbone(demo, tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -486,21 +507,13 @@ def test_a_cpu_takes_smaller_steps(gpu, flags, steps, monkeypatch):
     assert fit_to_size(parse(flags), 22_546).gradient_accumulation_steps == steps
 
 
-def test_a_gpu_that_is_too_small_ends_in_one_line():
+def test_a_gpu_that_is_too_small_ends_in_one_line(capsys):
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    with pytest.raises(SystemExit, match=r"error: out of GPU memory; --gradient_accumulation_steps, --grad"):
+    with pytest.raises(SystemExit, match="2"):
         run(main)
-
-
-def test_compiling_needs_a_compiler(monkeypatch):
-    monkeypatch.setattr("shutil.which", {"gcc": "/usr/bin/gcc"}.get)
-    assert parse("--torch_compile").torch_compile
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(UserError, match="--torch_compile: needs a C compiler such as gcc"):
-        parse("--torch_compile")
-    assert not parse().torch_compile
+    assert capsys.readouterr().err.startswith("\nerror: out of GPU memory; try --gradient_checkpointing")
 
 
 def test_an_optimizer_is_one_of_those_named(capsys):
@@ -535,5 +548,6 @@ def test_what_the_user_sets_stays(monkeypatch):
     config = fit_to_size(parse("--epochs 2 --batch_size 50 --gradient_accumulation_steps 5"), 90)
     assert (config.epochs, config.batch_size, config.gradient_accumulation_steps) == (2, 50, 5)
     assert fit_to_size(parse("--batch_size 45"), 90).epochs == 300
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    parse()  # from where on the state of processes is there
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 3)
     assert fit_to_size(parse("--gradient_accumulation_steps 2"), 90).batch_size == 18, "a share for every process"

@@ -336,7 +336,7 @@ def warnings_of(capsys, folder: Path, **rows) -> list[str]:
     ]
 
 
-def test_one_text_with_opposite_labels_is_warned_of(tmp_path, capsys):
+def test_a_text_has_two_labels(tmp_path, capsys):
     rows = [*TRAIN, TRAIN[0], {**TRAIN[1], "label": 1}, {**TRAIN[2], "label": 1}]
     said = "row 101 of the train split, counted from 0, label 1, repeats a text that has another label"
     assert warnings_of(capsys, tmp_path / "reviews", train=rows) == [f"{said}; the first of 2 such rows"]
@@ -348,7 +348,8 @@ def test_a_class_with_one_training_text_is_warned_of(tmp_path, capsys):
     assert warnings_of(capsys, tmp_path / "reviews", train=rows) == [f"{said}; the first of 1 such rows"]
 
 
-def test_texts_in_both_train_and_test_are_warned_of_from_one_percent_on(tmp_path, capsys):
+def test_texts_are_in_both_train_and_test(tmp_path, capsys):
+    """From one percent of the test texts on."""
     test = make_rows("test", 198)
     said = "row 198 of the test split, counted from 0, label 0, repeats a text of train: scores will flatter"
     assert warnings_of(capsys, tmp_path / "one", test=[*test, TRAIN[0]]) == []
@@ -652,7 +653,7 @@ BAD_SPLITS |= {
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("case", BAD_SPLITS)
-def test_bad_split(tmp_path, case, split):
+def test_a_row_cannot_be_used(tmp_path, case, split):
     suffix, content, pattern = BAD_SPLITS[case]
     (tmp_path / f"{split}.{suffix}").write_bytes(content if isinstance(content, bytes) else content.encode())
     (tmp_path / ("test.jsonl" if split == "train" else "train.jsonl")).write_text(PLAIN)
@@ -840,7 +841,8 @@ def rows_in(source: Path) -> int:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_damaged_and_odd_bytes_give_all_the_rows_or_an_error_of_ours(kind, tmp_path, caplog):
+def test_a_file_is_damaged(kind, tmp_path, caplog):
+    """All the rows, or an error of ours."""
     caplog.set_level(logging.CRITICAL)  # datasets logs what it fails to read
 
     @hypothesis.settings(max_examples=200, deadline=None, database=None, derandomize=True)

@@ -10,7 +10,7 @@ from conftest import read_reviews
 from huggingface_hub import errors
 
 from common.cli import UserError
-from common.hub import check_hub
+from common.data import check_hub
 from common.model import load_tokenizer
 
 ANSWER, UNAUTHORIZED = (SimpleNamespace(headers={}, request=None, status_code=code) for code in (503, 401))
