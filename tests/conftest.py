@@ -1,5 +1,6 @@
 """What the tests share: tiny models of many architectures, a generated corpus, no network."""
 
+import gc
 import hashlib
 import importlib
 import json
@@ -174,3 +175,9 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def pytest_collection_finish():
+    """What the libraries keep is looked through no more: runs collect garbage, and so many objects take a second."""
+    gc.collect()
+    gc.freeze()

@@ -47,7 +47,6 @@ def first_epoch_is_best():
 def main(demo, tmp_path, monkeypatch):
     """`main` of a script with few reviews; its folder is `out` unless another one is named. It draws no charts."""
     monkeypatch.setattr(record, "save", lambda *args: None)
-    monkeypatch.setattr(record.gc, "collect", lambda: None)  # slow among the objects of all tests
 
     def call(*flags, method=METHOD, folder=tmp_path / "out"):
         source = ["--model", str(demo[0]), "--dataset", str(demo[1]), "--output_dir", str(folder)]
