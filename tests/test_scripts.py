@@ -235,7 +235,7 @@ def test_demo_does_the_whole_job(name, demos):
         assert f"\n{title}: " in "\n" + result.stdout
     assert "This was the demo" in result.stdout and result.stdout.splitlines()[-1].startswith("Record: ")
     frozen = next(line for line in result.stdout.splitlines() if line.startswith("Frozen:"))
-    assert frozen.endswith(", in float32" + ", 4 bits" * (name == "PEFT_QLORA"))
+    assert frozen.endswith(f", in {'4 bits, ' * (name == 'PEFT_QLORA')}float32")
 
 
 def test_no_network_ends_in_one_line_that_names_the_ways_out(tmp_path):
