@@ -28,15 +28,7 @@ sys.path.insert(0, str(FOLDER.parent))  # so that `common` is found wherever thi
 
 from common.cli import fit_to_size, locked, parse_config, run, writing
 from common.data import ENOUGH_TO_CHOOSE, load_reviews, tokenize, training_sample
-from common.model import (
-    checkpoint_blocks,
-    compute_dtype,
-    label_config,
-    load_tokenizer,
-    load_trainable_state,
-    preflight,
-    trainable_state,
-)
+from common.model import checkpoint_blocks, compute_dtype, label_config, load_tokenizer, preflight
 from common.record import open_seed, prepare_seed, publish, run_record
 
 
@@ -134,6 +126,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     from transformers import TrainingArguments, set_seed  # here, not on top: --help need not wait for them
 
     from common.metrics import validation_scores
+    from common.model import load_trainable_state, trainable_state
     from common.speed import speed_up
     from common.trainer import ReviewTrainer
 

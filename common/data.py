@@ -22,7 +22,7 @@ from common.cli import UserError
 IMDB_SHA256 = "6926d9298a1154bb239b57fdec17e037b09d709a3e58a9385bd9a72f333a0f0d"  # as `load_reviews` sums it
 ENOUGH_TO_CHOOSE = 200  # validation reviews; by fewer the best epoch is a matter of luck
 SPLITS = ("train", "validation", "test")
-OFFLINE = "is not here or in the cache, nor the Hub in reach; go online, or take local --model and --dataset or --demo"
+OFFLINE = "is not here or in the cache, and the Hub is not reached; give --model and --dataset local files, or --demo"
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json"}  # of load_dataset
 
 

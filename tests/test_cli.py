@@ -338,7 +338,7 @@ def test_run_does_not_hide_bugs(bug):
             (name, "is no folder here, and no name that the Hub could have")
             for name in ("./nowhere", "no/such/folder")
         ),
-        *((name, "is not here or in the cache, nor the Hub") for name in ("nowhere", "nobody/nothing")),
+        *((name, "is not here or in the cache, and the Hub is not reached") for name in ("nowhere", "nobody/nothing")),
     ],
 )
 def test_unknown_model(name, reason):
