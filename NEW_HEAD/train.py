@@ -8,11 +8,15 @@ Run:   python NEW_HEAD/train.py
 Demo:  python NEW_HEAD/train.py --demo    (no network, no GPU, under half a minute)
 """
 
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run`: Ctrl-C while libraries load leaves no traceback
 
 import torch
 from accelerate import PartialState
@@ -22,18 +26,10 @@ from transformers.hf_argparser import HfArg
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))  # so that `common` is found wherever this is started from
 
-from common.cli import fit_to_size, parse_config, processes, run
+from common.cli import fit_to_size, locked, parse_config, run, writing
 from common.data import ENOUGH_TO_CHOOSE, load_reviews, tokenize, training_sample
-from common.model import (
-    checkpoint_blocks,
-    compute_dtype,
-    label_config,
-    load_tokenizer,
-    load_trainable_state,
-    trainable_state,
-)
-from common.preflight import preflight
-from common.record import clear_seed, last_checkpoint, open_seed, publish, run_record
+from common.model import checkpoint_blocks, compute_dtype, label_config, load_tokenizer, preflight
+from common.record import open_seed, prepare_seed, publish, run_record
 
 
 @dataclass
@@ -146,6 +142,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     from transformers import TrainingArguments, set_seed  # here, not on top: --help need not wait for them
 
     from common.metrics import validation_scores
+    from common.model import load_trainable_state, trainable_state
     from common.speed import speed_up
     from common.trainer import ReviewTrainer
 
@@ -158,11 +155,12 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
     speed_up(model, config.torch_compile)
     if config.gradient_checkpointing:
         checkpoint_blocks(model)
+    in_a_step = config.batch_size // config.gradient_accumulation_steps // PartialState().num_processes
     args = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size // config.gradient_accumulation_steps // processes(),
+        per_device_train_batch_size=in_a_step,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         optim=config.optim,
         learning_rate=config.learning_rate,
@@ -173,7 +171,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         fp16=compute_dtype() == torch.float16,
         eval_on_start=True,  # epoch 0 of the chart
         eval_strategy="epoch",
-        per_device_eval_batch_size=2 * config.batch_size // config.gradient_accumulation_steps // processes(),
+        per_device_eval_batch_size=2 * in_a_step,
         save_strategy="epoch",
         save_total_limit=2,  # the best and the last
         load_best_model_at_end=len(data["validation"]) >= ENOUGH_TO_CHOOSE,  # else the last epoch stays
@@ -195,12 +193,13 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         **options,
     )
     preflight(config, trainer, new)
-    clear_seed(FOLDER.name, config, folder, fingerprint)
+    checkpoint = prepare_seed(FOLDER.name, config, folder, fingerprint)
     untrained = trainable_state(model)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    trainer.save_model(folder / "model")
-    model.config.dtype = torch.float32  # what the model loads in unless asked otherwise: its head was trained in it
-    model.config.save_pretrained(folder / "model")  # an adapter alone forgets its label names
+    trainer.train(resume_from_checkpoint=checkpoint)
+    with writing(folder / "model"):
+        trainer.save_model(folder / "model")
+        model.config.dtype = torch.float32  # what it loads in unless asked otherwise: its head was trained in it
+        model.config.save_pretrained(folder / "model")  # an adapter alone forgets its label names
     validation = trainer.predict(data["validation"])
     test = trainer.predict(data["test"])  # the first look at the test reviews: every choice is made
     load_trainable_state(model, untrained)
@@ -211,16 +210,17 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
 def main(argv: list[str] | None = None) -> dict:
     """Run every seed, write the record and draw the charts. Returns the record."""
     config = parse_config(Config, FOLDER, argv)
-    tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
-    runs = []
-    for seed in config.seeds:
-        with PartialState().local_main_process_first():  # the other processes find its cache
-            reviews, fingerprint = load_reviews(config, seed)
-            data = tokenize(reviews, tokenizer, config.max_length)
-        config = fit_to_size(config, len(data["train"]) + len(data["validation"]))
-        classes = reviews["train"].features["label"].names
-        runs.append(train(config, seed, tokenizer, data, fingerprint, classes))
-    return publish(FOLDER, argv, config, data, fingerprint, runs)
+    with locked(config.output_dir):
+        tokenizer = load_tokenizer(config.model, config.model_revision, config.max_length)
+        runs = []
+        for seed in config.seeds:
+            with PartialState().local_main_process_first():  # the other processes find its cache
+                reviews, fingerprint = load_reviews(config, seed)
+                data = tokenize(reviews, tokenizer, config.max_length)
+            config = fit_to_size(config, len(data["train"]) + len(data["validation"]))
+            classes = reviews["train"].features["label"].names
+            runs.append(train(config, seed, tokenizer, data, fingerprint, classes))
+        return publish(FOLDER, argv, config, data, fingerprint, runs)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth and not inside:
             lists.append((name, module))
     if len(lists) != 1:
-        raise UserError(
-            f"--model {model.config._name_or_path}: no list of {depth} Transformer blocks was found in "
-            f"{type(model).__name__}; needs an architecture that keeps its blocks apart"
-        )
+        missing = f"no list of {depth} Transformer blocks was found in {type(model).__name__}"
+        raise UserError(f"--model {model.config._name_or_path}: {missing}; needs one that keeps its blocks apart")
     return lists[0][1]
 
 
@@ -34,10 +32,12 @@ def last_blocks(model: PreTrainedModel, count: int) -> nn.ModuleList:
     return blocks[-count:]
 
 
-def lora_targets(model: PreTrainedModel, names: list[str] | None) -> list[str] | str:
+def lora_targets(model: PreTrainedModel, names: list[str] | None, rank: int) -> list[str] | str:
     """PEFT's `target_modules`: `names`, or where none are given the query and value projections: PEFT's own choice,
     or for an architecture that it lacks (DistilBERT, for example) the linear layers whose names begin with q and v.
-    Raises UserError for a name that no linear layer ends in, and where there is none to choose."""
+    Raises UserError for a name that no linear layer ends in, where there is none to choose, for too high a rank."""
+    if rank > model.config.hidden_size:
+        raise UserError(f"--lora_r {rank}: is above {model.config.hidden_size}, the width of the model's layers")
     if names == ["all-linear"]:
         return "all-linear"
     layers = [f".{name}" for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))]

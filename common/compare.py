@@ -27,9 +27,8 @@ from scipy.special import softmax
 from sklearn.metrics import ConfusionMatrixDisplay, classification_report
 from transformers import HfArgumentParser
 
-from common.cli import fit_to_size, parse_config, run
+from common.cli import fit_to_size, parse_config, public_name, run, whole_file, write_json
 from common.data import clean, load_reviews, tokenize
-from common.files import public_name, whole_file, write_json
 from common.model import load_tokenizer
 from common.plotting import DEMO, page, save
 from common.record import ROOT, command_line, open_seed, spread

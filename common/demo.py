@@ -32,8 +32,7 @@ def write_corpus() -> tuple[list[dict], list[dict]]:
             text = re.sub(r"{(\w+)}", lambda slot, words=words: rng.choice(words[slot[1]]), text)
             texts[text] = label  # as keys, so that no review comes twice
         rows = [{"text": text, "label": label} for text in texts]
-        train += rows[: TRAIN_REVIEWS // 2]
-        test += rows[TRAIN_REVIEWS // 2 :]
+        train, test = train + rows[: TRAIN_REVIEWS // 2], test + rows[TRAIN_REVIEWS // 2 :]
     return train, test
 
 

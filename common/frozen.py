@@ -56,8 +56,7 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
         order = torch.tensor(np.argsort(np.concatenate(parts)), device=outputs.device)
         return StoredOutputs(outputs[order], texts.labels[: len(order)])
 
-    if type(backbone).__name__ != "Passing":  # of the data set before
-        backbone.__class__ = Passing
+    backbone.__class__ = Passing
     with trainer.accelerator.autocast():
         few = list(range(min(8, len(texts))))
         whole, alone = (model(**source.__getitems__(few)).logits for source in (texts, stored([few])))

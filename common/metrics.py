@@ -38,8 +38,7 @@ def score(prediction: EvalPrediction) -> dict:
 
 
 def validation_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """What Trainer logs after every epoch. It keeps the epoch of the highest "rank": the most accurate one, and of two
-    that are equal the one with the lower loss."""
+    """What Trainer logs after every epoch; it keeps that of the highest "rank": accuracy, then the lower loss."""
     scores = score(prediction)
     hits = round(scores["accuracy"] * len(prediction.label_ids))
     return {name: scores[name] for name in ("accuracy", "f1", "loss")} | {"rank": hits + 1 / (1 + scores["loss"])}
@@ -63,8 +62,7 @@ def peak_memory() -> int:
 
 
 def split_memory(model: nn.Module, optimizer: torch.optim.Optimizer, peak: int) -> dict[str, int]:
-    """`peak` bytes by what holds them. The rest is what is left over: activations above all, and batches, the tokens
-    of all reviews, workspace."""
+    """`peak` bytes by what holds them. The rest: activations above all, and batches, all tokens, workspace."""
 
     def size(tensors) -> int:
         parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)  # FSDP's share

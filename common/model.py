@@ -1,5 +1,6 @@
-"""A pretrained classifier: its tokenizer, its precision, and its head, found by its structure."""
+"""A pretrained classifier: its tokenizer, its precision, its head; and the last look at it before training."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,10 +8,12 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import has_file
 
-from common.cli import UserError
-from common.hub import OFFLINE, check_hub
+from common.cli import UserError, public_name
+from common.data import OFFLINE, check_hub
 
 
 def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrainedTokenizerBase:
@@ -19,26 +22,30 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
     folder = Path(name) if Path(name).is_dir() else None
     if not folder:
         check_hub(name, revision, "model")
+    file, index = "config, tokenizer or index", "model.safetensors.index.json"
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name}: {str(error).splitlines()[0] if folder else OFFLINE}") from error
-    # XLNet's classifier, whose summary type is "last", reads padding where a batch has a longer text.
-    one_token = config.model_type != "xlnet" and not config.is_encoder_decoder
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or not one_token:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        weights = [file for file in ("model.safetensors", index) if has_file(name, file, revision=revision)][:1]
+        if folder and weights == [index]:
+            weights = sorted({*json.loads((folder / index).read_bytes())["weight_map"].values()})
+        for file in weights if folder else ():
+            safe_open(folder / file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:  # also half a download, or a Git LFS pointer in its place
+        reason = OFFLINE if not folder and isinstance(error, OSError) else f"bad {file}: {str(error).splitlines()[0]}"
+        raise UserError(f"--model {name}: {reason}") from error
+    other = config.is_encoder_decoder or config.model_type == "xlnet"  # which reads a longer neighbour's padding
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or other:
         missing = f"{config.model_type} has no classifier that reads a text's first token or its last"
-        needs = "needs an encoder or a decoder that AutoModelForSequenceClassification loads"
-        raise UserError(f"--model {name}: {missing}; {needs}")
+        raise UserError(f"--model {name}: {missing}; needs an encoder or a decoder that has one")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there are no files
         raise UserError(f"--model {name}: has no tokenizer files; its tokenizer would know no word")
-    if folder and not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise UserError(f"--model {name}: has no weights, model.safetensors or pytorch_model.bin")
-    for file in folder.glob("*.safetensors") if folder else ():
-        try:
-            safe_open(file, framework="pt")
-        except SafetensorError as error:  # half a download, or a Git LFS pointer in its place
-            raise UserError(f"--model {name}: {file.name} is damaged ({error}); download it again") from error
+    if not weights:
+        convert = f"from transformers import pipeline as p; p('feature-extraction', {name!r}).save_pretrained('new')"
+        convert = f'python -c "{convert}" converts a pytorch_model.bin'
+        raise UserError(f"--model {name}: has no model.safetensors; {convert}")
+    if len(tokenizer) > (known := getattr(config.get_text_config(), "vocab_size", len(tokenizer))):
+        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embeddings are of {known}")
     positions = getattr(config, "max_position_embeddings", -1)  # none: any number
     longest = min(tokenizer.model_max_length, positions if positions > 0 else max_length)
     shortest = tokenizer.num_special_tokens_to_add() + 1
@@ -64,8 +71,7 @@ def compute_dtype() -> torch.dtype:
 
 
 def weights_place() -> dict | None:
-    """`device_map` for `from_pretrained`: this process's device; None, the host's memory, where FSDP will spread them.
-    4-bit weights are always loaded to the device, whole."""
+    """`device_map`: this process's device; None, the host's memory, where FSDP spreads all but 4-bit weights."""
     return None if parse_flag_from_env("ACCELERATE_USE_FSDP") else {"": PartialState().device}
 
 
@@ -94,9 +100,10 @@ def switch_off_dropout(module: nn.Module, except_in: nn.Module | None = None) ->
             part.attention_dropout = 0.0
 
 
-def missing_weights(loading: dict) -> list[str]:
-    """Names of the newly initialised weights, from what `from_pretrained` says of the load."""
-    return [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
+def missing_weights(loading: dict) -> dict[str, str]:
+    """Names of the newly initialised weights and why they are, from what `from_pretrained` says of the load."""
+    sizes = {name: f"is {[*saved]} there, not {[*needed]}" for name, saved, needed in loading["mismatched_keys"]}
+    return dict.fromkeys(sorted(loading["missing_keys"]), "is not in its weights") | sizes
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -106,8 +113,6 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Put the weights of `trainable_state` back, also into a model that FSDP has spread over processes."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
     for part in model.modules():
         if hasattr(part, "reshard"):  # FSDP's
             part.reshard()  # after a forward pass the outermost one still holds its weights whole
@@ -115,9 +120,46 @@ def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> No
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters as deployed: PEFT's frozen originals of saved modules do not count, and 4-bit
-    weights count as the parameters they stand for."""
+    """(trainable, total) parameters as deployed: no frozen copies of PEFT's; 4-bit weights as those they stand for."""
     weights = [weight for name, weight in model.named_parameters() if "original_module." not in name]
     counts = [(getattr(weight, "quant_state", None) or weight).shape.numel() for weight in weights]
     trainable = sum(count for count, weight in zip(counts, weights, strict=True) if weight.requires_grad)
     return trainable, sum(counts)
+
+
+def preflight(config, trainer, new: dict[str, str]) -> None:
+    """Print what is about to be trained, on what and how. Raises UserError as `check_trainable` does."""
+    model, args = trainer.model, trainer.args
+    check_trainable(model, new)
+    trainable, total = trainer.parameters
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    kinds = {"4 bits" if hasattr(weight, "quant_state") else str(weight.dtype)[len("torch.") :] for weight in frozen}
+    truncated = trainer.train_dataset["truncated"][:]
+    updates = trainer.training_batches(trainer.tensors_of(trainer.train_dataset).lengths).updates
+    lines = {
+        "Backbone": f"{public_name(config.model)}, revision {config.model_revision or 'as found'}",
+        "Trains": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) in float32",
+        "Frozen": f"all the rest, {total - trainable:,} parameters, in {', '.join(sorted(kinds))}",
+        "Texts": f"{len(truncated):,} to train on, {sum(truncated) / len(truncated):.1%} of them truncated to "
+        f"{config.max_length} tokens; batches of {config.batch_size}: {updates} updates in each of "
+        f"{config.epochs} epochs, {updates * config.epochs:,} in all; learning rate {args.learning_rate:.2g}",
+        "Device": f"{args.device.type} in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}, "
+        f"processes: {args.world_size}, seed: {args.seed}",
+    }
+    if trainer.is_world_process_zero():
+        print(*(f"{title + ':':<10}{text}" for title, text in lines.items()), sep="\n")
+
+
+def check_trainable(model: nn.Module, new: dict[str, str]) -> None:
+    """Raise UserError where a newly initialised weight is frozen or quantized, or one would train in few bits.
+    new: names of the newly initialised weights, in the model as loaded, and why they are."""
+    # PEFT trains a copy of a saved module: "classifier.weight" is in "...classifier.modules_to_save.default.weight".
+    weights = {name.replace("modules_to_save.default.", ""): weight for name, weight in model.named_parameters()}
+    weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+    if still := [name for name in new if not getattr(weights.get(name), "requires_grad", False)]:
+        state = "quantized" if hasattr(weights.get(still[0]), "quant_state") else "frozen"
+        cause = f"{still[0]} {new[still[0]]}; {state}, it would stay random, one of {len(still)} that would"
+        raise UserError(f"--model {model.config._name_or_path}: {cause}; do config.json and weights belong together?")
+    for name, weight in weights.items():
+        if weight.requires_grad and weight.dtype != torch.float32:
+            raise UserError(f"--model: {name} would train in {weight.dtype}; what trains belongs in float32")

@@ -11,19 +11,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from common.files import whole_file
+from common.cli import whole_file
 
 # Okabe and Ito's colours: people with any colour vision can tell them apart.
 BLUE, SKY, ORANGE, RED = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
 GREY, PALE, FAINT = "#5F6368", "#A9AFB5", "#E4E6E8"
 DEMO = "Demo: generated reviews, tiny model; the figures mean nothing"
+ONE_CLASS = "predicts one class for every validation text"
 
 
 def bar_figure(record: dict) -> Figure:
     """Test accuracy and F1 in percent, before and after fine-tuning, with whiskers of one sd."""
     runs = record["runs"]
     whiskers = ": bars are means, whiskers ± 1 sd" if len(runs) > 1 else ""
-    figure, axes = _method_page(record, f"{record['dataset']['test']:,} test reviews; {_seeds(runs)}{whiskers}")
+    warnings = "".join(f"\nWarning: seed {run['seed']} {run['warning']}" for run in runs if "warning" in run)
+    caption = f"{record['dataset']['test']:,} test reviews; {_seeds(runs)}{whiskers}{warnings}"
+    figure, axes = _method_page(record, caption)
     before, after = ("untrained_test", "before fine-tuning", PALE), ("test", "after fine-tuning", BLUE)
     for offset, (key, label, colour) in ((-0.19, before), (0.19, after)):
         scores = np.array([[run[key]["accuracy"], run[key]["f1"]] for run in runs])
@@ -74,8 +77,7 @@ def _method_page(record: dict, caption: str) -> tuple[Figure, Axes]:
 
 
 def page(title: str, size: tuple[float, float], demo: bool) -> Figure:
-    """An empty figure with a title. size: inches, width and height."""
-    # White and opaque, because dark text must read on a dark README too.
+    """An empty figure with a title, white: dark text must read on dark READMEs too. size: inches, width first."""
     figure = Figure(size, dpi=160, facecolor="white", layout="constrained")
     title = textwrap.fill(title, int(7.5 * size[0]))
     look = {"weight": "bold", "color": RED if demo else "black", "parse_math": False}  # "$" in a name is no formula
@@ -100,12 +102,8 @@ def _seeds(runs: list[dict]) -> str:
     return f"seed{'s' * (len(runs) > 1)} {', '.join(str(run['seed']) for run in runs)}"
 
 
-def digest(drawn: dict | list) -> str:
-    """SHA-256 of what a chart is drawn from."""
-    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
-
-
-def save(figure: Figure, path: str | Path, drawn: dict | list) -> None:
-    """Save `figure` as PNG. drawn: the records that it is drawn from; the file's metadata keep their `digest`."""
+def save(figure: Figure, path: Path, drawn: dict | list) -> None:
+    """Save `figure` as PNG. drawn: the records that it is drawn from; the file's metadata keep SHA-256."""
+    digest = hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
     with whole_file(path) as temporary:
-        figure.savefig(temporary, metadata={"Software": None, "Record": digest(drawn)})
+        figure.savefig(temporary, metadata={"Software": None, "Record": digest})

@@ -25,9 +25,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 from common import demo
-from common.cli import UserError, run
+from common.cli import UserError, run, whole_file
 from common.data import clean
-from common.files import whole_file
 from common.model import compute_dtype, label_config, missing_weights, weights_place
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +52,7 @@ def load(folder: Path, backbone: str | None = None, plain: bool = False) -> tupl
         saved = PeftConfig.from_pretrained(folder)
         flags = folder.parent / "flags.json"  # of the run: the adapter, fit to share, names no folder of this machine
         trained_on = json.loads(flags.read_text())["model"] if flags.exists() else saved.base_model_name_or_path
+        trained_on = trained_on.split(" with SHA-256 ")[0]  # as flags.json has it
         name, revision = (backbone, None) if backbone else (trained_on, saved.revision)
         if not plain and hasattr(config, "quantization_config"):  # trained on a GPU, it may be used on a CPU
             place["quantization_config"] = config.quantization_config | {"bnb_4bit_compute_dtype": compute_dtype()}

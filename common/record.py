@@ -12,66 +12,74 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import DatasetDict
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import cached_file
 
-from common.cli import UserError
+from common.cli import SIZES, UserError, file_sizes, public_name, read_json, whole_file, write_json
 from common.data import IMDB_SHA256
-from common.files import public_name, write_json
-from common.plotting import DEMO, bar_figure, line_figure, save
+from common.plotting import DEMO, ONE_CLASS, bar_figure, line_figure, save
 
 ROOT = Path(__file__).resolve().parents[1]
-# SHA-256 of the default backbone's weights and of the default reviews
-PUBLISHED = ("53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", IMDB_SHA256)
+PUBLISHED = ("53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", IMDB_SHA256)  # weights, reviews
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "peft", "bitsandbytes")
 
 
 def open_seed(method: str, config, seed: int, fingerprint: str) -> tuple[Path, dict | None]:
-    """Folder of this seed's checkpoints and model, and its record if an earlier run finished it and `--resume` is on.
+    """Folder that this seed trains in, and its record if an earlier run finished it and `--resume` is on.
     fingerprint: of the reviews. The measuring of peak memory starts here.
-    Raises UserError where the run to resume was of another method, had other flags or other reviews."""
+    Raises UserError where the run to resume was of another method, had other flags, weights or reviews."""
     gc.collect()  # the model and the trainer of the seed before hold on to each other, and to memory
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    folder = Path(config.output_dir) / f"seed_{seed}"
-    if not config.resume or not (folder / "flags.json").exists():
-        return folder, None
-    before = json.loads((folder / "flags.json").read_text())
-    for name, value in _flags(method, config, fingerprint).items():
+    done, folder = (Path(config.output_dir) / f"{start}seed_{seed}" for start in ("", f"unfinished_{method}_"))
+    place = folder if (folder / "flags.json").exists() else done
+    before = read_json(place / "flags.json") if config.resume else None
+    for name, value in _flags(method, config, fingerprint).items() if before else ():
         if value != before.get(name):
             raise UserError(f"--resume: the interrupted run had --{name} {before.get(name)}, not {value}")
-    finished = folder / "run.json"
-    return folder, json.loads(finished.read_text()) if finished.exists() else None
+    return folder, read_json(place / "run.json") if before and place == done else None
 
 
-def clear_seed(method: str, config, folder: Path, fingerprint: str) -> None:
-    """Make `folder` ready for training: unless it is resumed, what an earlier run left there is removed. To be called
-    when everything else has been checked, so that a mistake costs no trained model."""
-    state = PartialState()
-    if state.is_main_process and not (config.resume and (folder / "flags.json").exists()):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_json(_flags(method, config, fingerprint), folder / "flags.json")
-    state.wait_for_everyone()
+def prepare_seed(method: str, config, folder: Path, fingerprint: str) -> str | None:
+    """Make `folder` ready for training; returns the checkpoint that `--resume` goes on from, if any. To be called when
+    everything else has been checked. What an earlier run finished stays until this one has: see `run_record`."""
+    flags, checkpoint = _flags(method, config, fingerprint), None
+    if PartialState().is_main_process:
+        if not config.resume or read_json(folder / "flags.json") != flags:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_json(flags, folder / "flags.json")
+        checkpoint = last_checkpoint(folder)
+        if config.resume and not checkpoint:
+            print(f"--resume: {folder.name} starts anew; no whole run.json or flags.json with a checkpoint is there")
+    return broadcast_object_list([checkpoint])[0]
 
 
 def _flags(method: str, config, fingerprint: str) -> dict:
     """What must be the same for a run to go on."""
     free = dict.fromkeys(("seeds", "resume", "output_dir", "report_to"))
-    return {"method": method, **vars(config), "dataset": f"{config.dataset} with SHA-256 {fingerprint}", **free}
+    sums = {"model": weights_sha256(config), "dataset": fingerprint}
+    sums = {name: f"{getattr(config, name)} with SHA-256 {found}" for name, found in sums.items()}
+    return {"method": method, **vars(config), **sums, **free}
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in `folder` that was written to its end: Trainer writes its own state last."""
-    states = folder.glob("checkpoint-*/trainer_state.json")
-    return max((str(state.parent) for state in states), key=lambda path: int(path.rpartition("-")[2]), default=None)
+    """The newest checkpoint that is whole, as the best one until then is. Newer ones are named and removed."""
+    for checkpoint in sorted(folder.glob("checkpoint-[0-9]*"), key=lambda path: -int(path.name.split("-")[1])):
+        best = (read_json(checkpoint / "trainer_state.json") or {}).get("best_model_checkpoint")
+        if all(read_json(part / SIZES) == file_sizes(part) for part in (checkpoint, Path(best or checkpoint))):
+            return str(checkpoint)
+        print(f"--resume: {checkpoint} is passed over; it is damaged, or the one of the best epoch until then is")
+        shutil.rmtree(checkpoint)
+    return None
 
 
 def run_record(trainer, validation, test, untrained_test, started: float) -> dict:
@@ -96,7 +104,6 @@ def run_record(trainer, validation, test, untrained_test, started: float) -> dic
     peaks = gather_object([trainer.peaks])
     phases = {phase: max(peak[phase] for peak in peaks) for phase in peaks[0]}
     peak = max(phases.values())  # of the process that took most
-    trainable, total = trainer.parameters
     untrained = {name: value for name, value in score(untrained_test).items() if name in ("accuracy", "f1")}
     saved = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
     speed = reviews * trainer.args.num_train_epochs / train_seconds
@@ -106,11 +113,16 @@ def run_record(trainer, validation, test, untrained_test, started: float) -> dic
     record |= {"total_seconds": time.perf_counter() - started, "padding_percent": trainer.padding_percent()}
     record |= {"processes": trainer.args.world_size, "peak_memory_bytes": peak, "peak_memory_by_phase_bytes": phases}
     record |= {"memory_bytes": split_memory(trainer.model, trainer.optimizer, peak), "checkpoint_bytes": saved}
-    record |= {"trainable_parameters": trainable, "total_parameters": total}
+    record |= dict(zip(("trainable_parameters", "total_parameters"), trainer.parameters, strict=True))
+    if len(set(validation.predictions.argmax(-1))) == 1 < len(set(validation.label_ids)):
+        record["warning"] = ONE_CLASS
     if trainer.is_world_process_zero():
         arrays = {"validation_logits": validation.predictions, "validation_labels": validation.label_ids}
-        np.savez(folder / "logits.npz", **arrays, test_logits=test.predictions, test_labels=test.label_ids)
+        with whole_file(folder / "logits.npz") as file:
+            np.savez(file, **arrays, test_logits=test.predictions, test_labels=test.label_ids)
         write_json(record, folder / "run.json")
+        shutil.rmtree(folder.with_name(f"seed_{trainer.args.seed}"), ignore_errors=True)  # of an earlier run
+        folder.rename(folder.with_name(f"seed_{trainer.args.seed}"))
     return record
 
 
@@ -126,12 +138,10 @@ def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, run
     save(line_figure(record), place / "line_chart.png", record)
     accuracy, f1 = (spread(record["summary"][name]) for name in ("test_accuracy", "test_f1"))
     for run in runs:
-        model = Path(config.output_dir, f"seed_{run['seed']}", "model")
-        if model.exists():  # it may be gone where --resume found the seed finished
+        if (model := Path(config.output_dir, f"seed_{run['seed']}", "model")).exists():  # it may be gone on --resume
             write_card(model, record, run, config)
-        if sum(map(any, zip(*run["test"]["confusion_matrix"], strict=True))) == 1:
-            advice = "more epochs, another --learning_rate or --class_weights balanced may help"
-            print(f"Warning:  seed {run['seed']} predicts one class for every test text; {advice}")
+        if "warning" in run:
+            print(f"Warning:  seed {run['seed']} {run['warning']}; try more epochs or --class_weights balanced")
     classes = np.sum(runs[0]["test"]["confusion_matrix"], axis=1)
     print(f"Test:     accuracy {accuracy}, F1 {f1} (percent, mean ± sd over seeds {config.seeds})")
     print(f"          the most frequent class alone: accuracy {classes.max() / classes.sum():.1%}")
@@ -212,14 +222,10 @@ def command_line(script: str, argv: list[str] | None) -> str:
 
 
 def environment() -> dict:
-    """Hardware, versions, and the commit of the code: SOURCE_COMMIT where it is set (for a copy without its history),
-    else from git."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
+    """Hardware, versions, and the commit: of git, or SOURCE_COMMIT's (for a copy of the code without its history)."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
     copied, cpuinfo = os.environ.get("SOURCE_COMMIT"), Path("/proc/cpuinfo")
-    commit = copied or git("rev-parse", "--verify", "HEAD") or None
+    commit = copied or git(["git", "rev-parse", "--verify", "HEAD"]).stdout.strip() or None
     cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -227,5 +233,5 @@ def environment() -> dict:
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "commit": commit,
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "*.py")) if commit and not copied else None,
+        "dirty": bool(git(["git", "status", "--porcelain", "-uno", "*.py"]).stdout) if commit and not copied else None,
     }

@@ -1,27 +1,27 @@
 """Trainer, fed with padded batches that already are on the device.
-A small backbone trains faster on a GPU than loader processes can collate and copy batches: here the tokens of all
-reviews stay on the device, and a batch is cut out of them there, without waiting for the host. Measured on one H200
-(all-MiniLM-L6-v2, LoRA, batch 128): 1.4 times the speed of Trainer's own batches of similar length from 8 processes.
-That PEFT casts no inputs is worth 8% of the memory."""
+A small backbone trains faster on a GPU than loader processes can collate and copy batches: here all reviews'
+tokens stay there, and a batch is cut out without waiting for the host. Measured on one H200 (all-MiniLM-L6-v2, LoRA,
+batch 128): 1.4 times the speed of Trainer's own from 8 processes; that PEFT casts no inputs, 8% of the memory."""
 
 import math
 import sys
 import time
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from itertools import product
+from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import release_memory
+from accelerate.utils import release_memory, wait_for_everyone
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_pt_utils import nested_concat
 
-from common.cli import UserError
+from common.cli import SIZES, UserError, file_sizes, write_json, writing
 from common.metrics import peak_memory, synchronize
 from common.model import count_parameters
 
@@ -64,17 +64,12 @@ class LengthGroupedBatches(Sampler):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
         self.updates = math.ceil(len(lengths) / batch_size)
         self.steps, self.process, self.processes = steps, process, processes
-        smallest = len(lengths) // self.updates
-        if smallest < steps * processes:
-            found = f"{len(lengths)} training texts in {self.updates} batches leave one with {smallest} of them"
-            needs = f"it needs {steps * processes}, one for every step of every process"
-            raise UserError(f"--gradient_accumulation_steps {steps}: {found}; {needs}")
+        if (smallest := len(lengths) // self.updates) < steps * processes:
+            found = f"a batch has {smallest} of {len(lengths)} texts, and needs one for every step of every process"
+            raise UserError(f"--gradient_accumulation_steps {steps}: {found}: {steps * processes}")
 
     def __len__(self) -> int:
         return self.updates * self.steps
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __iter__(self):
         random = np.random.default_rng((self.seed, self.epoch))
@@ -106,7 +101,16 @@ class EpochProgress(ProgressCallback):
         if round(args.num_train_epochs - state.epoch) % math.ceil(args.num_train_epochs / 10):
             control.should_evaluate = control.should_save = False
 
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        wait_for_everyone()  # each process writes a file
+        if state.is_world_process_zero:
+            write_json(file_sizes(folder), folder / SIZES)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in (name for name, value in logs.items() if name.endswith("loss") and not math.isfinite(value)):
+            advice = f"a lower --learning_rate than {args.learning_rate:g}, or other weights than those of --model"
+            raise UserError(f"the loss is {logs[name]} by step {state.global_step} of {state.max_steps}; try {advice}")
         if state.is_world_process_zero and "eval_validation_accuracy" in logs:
             epoch, accuracy, loss = state.epoch or 0, logs["eval_validation_accuracy"], logs["eval_validation_loss"]
             self.training_bar.write(f"epoch {epoch:.0f}  validation accuracy {accuracy:.2%}, loss {loss:.4f}")
@@ -132,15 +136,17 @@ class ReviewTrainer(Trainer):
         self.learning_rates = learning_rates or {}
         self.rows_at_a_time, self.peaks = sys.maxsize, {}  # as many as fit into memory; bytes, by phase
         self.parameters = count_parameters(self.model)  # before FSDP, whose 4-bit weights do not tell their number
-        self.run_once, self.run_once_seconds = run_once, 0.0  # the seconds are those of the training reviews
-        self.tensors, self.inputs = {}, {}  # by fingerprint of the data set
-        for verbose in (ProgressCallback, PrinterCallback):  # Trainer adds one of them
-            self.remove_callback(verbose)
+        self.run_once_seconds = 0.0  # of the training reviews
+        pad, run_once = self.processing_class.pad_token_id, run_once or (lambda trainer, texts: texts)
+        self.tensors_of = cache(lambda reviews: ReviewTensors(reviews, pad, args.device))  # once for each data set
+        self.inputs_of = cache(lambda reviews: run_once(self, self.tensors_of(reviews)))  # what every epoch reads
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)  # Trainer's own
         self.add_callback(EpochProgress)
 
     def train(self, *args, **kwargs):
         self.note_peak("loading")
-        with disable_input_dtype_casting(self.model):  # PEFT would cast to fp32 what autocast then casts back
+        # PEFT would cast inputs to fp32, which autocast then casts back
+        with disable_input_dtype_casting(self.model), writing(f"a checkpoint to {self.args.output_dir}"):
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
@@ -167,9 +173,8 @@ class ReviewTrainer(Trainer):
         return sum(losses) / len(losses), *(reduce(nested_concat, parts) for parts in found)
 
     def in_parts(self, step: Callable, inputs: dict[str, torch.Tensor]) -> list:
-        """What `step` gives for `inputs`, or where they do not fit into the GPU's memory for their halves, and so on:
-        losses are shares of the whole batch's, and gradients add up. Not with several processes, which wait for each
-        other's gradients: there the error ends the run."""
+        """What `step` gives for `inputs`, or where they do not fit into the GPU's memory for their halves, and so on;
+        losses and gradients add up. Several processes wait for each other's: there the error ends the run."""
         accumulated = [weight for weight in self.model.parameters() if weight.grad is not None]
         gradients = [(weight, weight.grad.clone()) for weight in accumulated if self.args.world_size == 1]
         while True:
@@ -197,20 +202,6 @@ class ReviewTrainer(Trainer):
                 optimizer.add_param_group(group | {"params": own, "lr": rate})
         return optimizer
 
-    def tensors_of(self, reviews: datasets.Dataset) -> ReviewTensors:
-        """The reviews on the device."""
-        key = reviews._fingerprint
-        if key not in self.tensors:
-            self.tensors[key] = ReviewTensors(reviews, self.processing_class.pad_token_id, self.args.device)
-        return self.tensors[key]
-
-    def inputs_of(self, reviews: datasets.Dataset) -> Dataset:
-        """What every epoch reads."""
-        tensors, key = self.tensors_of(reviews), reviews._fingerprint
-        if key not in self.inputs:
-            self.inputs[key] = self.run_once(self, tensors) if self.run_once else tensors
-        return self.inputs[key]
-
     def training_batches(self, lengths: np.ndarray) -> LengthGroupedBatches:
         args, steps = self.args, self.args.gradient_accumulation_steps
         size = args.train_batch_size * steps * args.world_size
@@ -224,7 +215,7 @@ class ReviewTrainer(Trainer):
         self.run_once_seconds = time.perf_counter() - start
         sampler = self.training_batches(inputs.lengths)
         loader = DataLoader(inputs, batch_sampler=sampler, collate_fn=lambda batch: batch)  # it comes whole
-        loader.set_epoch = sampler.set_epoch  # Trainer calls it before every epoch, also when it resumes
+        loader.set_epoch = partial(setattr, sampler, "epoch")  # called before every epoch, also on --resume
         return loader
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
@@ -239,15 +230,13 @@ class ReviewTrainer(Trainer):
 
     def padding_percent(self) -> float:
         """Share of the tokens in this process's batches: of the first epoch, or of the one pass."""
-        tensors, size = self.tensors_of(self.train_dataset), self.args.eval_batch_size
-        every_epoch = self.inputs_of(self.train_dataset) is tensors
-        batches = self.training_batches(tensors.lengths) if every_epoch else longest_first(tensors.lengths, size)
-        padded = sum(tensors.lengths[rows].max() * len(rows) for rows in batches)
-        return 100 * float(1 - tensors.lengths.sum() / padded)
+        texts, inputs = self.tensors_of(self.train_dataset), self.inputs_of(self.train_dataset)
+        once = longest_first(texts.lengths, self.args.eval_batch_size)
+        batches = self.training_batches(texts.lengths) if inputs is texts else once
+        return 100 * float(1 - texts.lengths.sum() / sum(texts.lengths[rows].max() * len(rows) for rows in batches))
 
 
 def mean_cross_entropy(outputs, labels: torch.Tensor, num_items_in_batch=None, class_weights=None) -> torch.Tensor:
-    """Mean over the global batch: classifiers' own loss is a mean per step, wrong under gradient accumulation.
-    class_weights: (classes,), or None for equal ones."""
+    """Mean over the global batch, where classifiers' own is over one step's. class_weights: (classes,), or None."""
     loss = nn.functional.cross_entropy(outputs["logits"].float(), labels, class_weights, reduction="sum")
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)

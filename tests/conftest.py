@@ -1,8 +1,12 @@
 """What the tests share: tiny models of many architectures, a generated corpus, no network."""
 
+import gc
+import hashlib
 import importlib
+import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -157,3 +161,23 @@ def write_random_backbone(folder: Path, tokenizer_of: Path, config: transformers
     transformers.AutoModel.from_config(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
     return folder
+
+
+def digest(drawn: dict | list) -> str:
+    """SHA-256 of what a chart is drawn from."""
+    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those of signals, which `run` sets, are put back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def pytest_collection_finish():
+    """What the libraries keep is looked through no more: runs collect garbage, and so many objects take a second."""
+    gc.collect()
+    gc.freeze()

@@ -1,23 +1,30 @@
 """Reviews come out the same whatever they came in as; what cannot be used is refused in one clear line."""
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
 import tarfile
+import types
+import zlib
 from pathlib import Path
 
 import datasets
+import hypothesis
 import numpy as np
+import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import read_reviews
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hypothesis import strategies as st
 
 from common import data
 from common.cli import UserError
@@ -69,7 +76,7 @@ def write_reviews(folder: Path, kind: str = "jsonl", train=TRAIN, test=TEST) -> 
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(row["text"].encode())
     for other in ("README", "train/unsup/0_0.txt", "train/urls_pos.txt", "train/pos/deeper/0_7.txt"):
-        (source / other).parent.mkdir(exist_ok=True)
+        (source / other).parent.mkdir(exist_ok=True, parents=True)
         (source / other).write_text("not a labelled review")
     if kind == "aclImdb":
         return str(source)
@@ -215,14 +222,14 @@ def test_class_names_are_kept(tmp_path, names, expected):
 
 def test_class_names_in_another_order_are_not_mixed_up(tmp_path):
     source = write_class_labels(tmp_path / "reviews", ["bad", "good"], ["good", "bad"])
-    assert source in refuse(source, "bad.*good")
+    refuse(source, "row 0 of the test split, .* numbers its classes in another order")
 
 
 @pytest.mark.parametrize("missing", [-1, None])
 def test_class_number_of_a_missing_label(tmp_path, missing):
     unlabelled = [*TRAIN, {"text": "what is this?", "label": missing}]
     source = write_class_labels(tmp_path / "reviews", ["bad", "good"], ["bad", "good"], unlabelled)
-    assert source in refuse(source, "row 100 of the train split has no label")
+    assert source in refuse(source, f"row 100 of the train split, counted from 0, label {missing}, has no label")
 
 
 # Validation
@@ -297,7 +304,7 @@ def test_a_validation_file_is_used_as_it_is(tmp_path, capsys):
     assert pairs(reviews["validation"]) == pairs(held) and len(reviews["train"]) == 50
     assert "Data:     50 training, 60 validation and 20 test texts; 0 copies" in capsys.readouterr().out
     write_file(tmp_path / "reviews" / "validation.csv", [{"text": "x", "label": 7}])
-    refuse(source, "label 7 of the validation split is not in the train split")
+    refuse(source, "row 0 of the validation split, .* label 7, is of no class in train")
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -308,7 +315,7 @@ def test_separators_and_other_names_of_the_columns(tmp_path, separator):
         writer = csv.DictWriter(lines, rows[0], delimiter=separator)
         writer.writeheader()
         writer.writerows(rows)
-    line = refuse(file, "no column `text`")
+    line = refuse(file, "one column `text`")
     assert line.endswith("it has: the review, sentiment; try --text_column 'the review' --label_column sentiment")
     reviews, _ = read_reviews(str(file), text_column="the review", label_column="sentiment")
     assert pairs(*reviews.values()) == pairs(TRAIN) and reviews["test"].features["label"].names == ["n", "p"]
@@ -320,10 +327,44 @@ def test_no_columns_are_proposed_where_several_could_be_meant(tmp_path):
     assert refuse(tmp_path / "mail.csv").endswith("it has: title, body, kind")
 
 
+def warnings_of(capsys, folder: Path, **rows) -> list[str]:
+    """Of reading these rows, without those of few texts."""
+    read_reviews(write_reviews(folder, **{"test": make_rows("test", 60)} | rows))
+    lines = capsys.readouterr().out.splitlines()
+    return [
+        line.removeprefix("Warning:  ") for line in lines if line.startswith("Warning") and "tell little" not in line
+    ]
+
+
+def test_a_text_has_two_labels(tmp_path, capsys):
+    rows = [*TRAIN, TRAIN[0], {**TRAIN[1], "label": 1}, {**TRAIN[2], "label": 1}]
+    said = "row 101 of the train split, counted from 0, label 1, repeats a text that has another label"
+    assert warnings_of(capsys, tmp_path / "reviews", train=rows) == [f"{said}; the first of 2 such rows"]
+
+
+def test_a_class_with_one_training_text_is_warned_of(tmp_path, capsys):
+    said = "row 100 of the train split, counted from 0, label 7, is the only training text of its class"
+    rows = [*TRAIN, {"text": "alone", "label": 7}]
+    assert warnings_of(capsys, tmp_path / "reviews", train=rows) == [f"{said}; the first of 1 such rows"]
+
+
+def test_texts_are_in_both_train_and_test(tmp_path, capsys):
+    """From one percent of the test texts on."""
+    test = make_rows("test", 198)
+    said = "row 198 of the test split, counted from 0, label 0, repeats a text of train: scores will flatter"
+    assert warnings_of(capsys, tmp_path / "one", test=[*test, TRAIN[0]]) == []
+    assert warnings_of(capsys, tmp_path / "three", test=[*test, *TRAIN[:3]]) == [f"{said}; the first of 3 such rows"]
+
+
+def test_a_test_set_of_one_text_is_warned_of(tmp_path, capsys):
+    read_reviews(write_reviews(tmp_path / "reviews", train=films(600)), test=1)
+    assert "Warning:  1 test texts, of 1 of the 2 classes, tell little" in capsys.readouterr().out
+
+
 def test_few_validation_texts_are_warned_of(tmp_path, capsys):
     read_reviews(write_reviews(tmp_path / "reviews"))
     assert "Warning:  10 validation texts, of 2 of the 2 classes, tell little" in capsys.readouterr().out
-    read_reviews(write_reviews(tmp_path / "many", train=films(600)))
+    read_reviews(write_reviews(tmp_path / "many", train=films(600), test=make_rows("test", 60)))
     assert "Warning" not in capsys.readouterr().out
 
 
@@ -545,29 +586,38 @@ def test_missing_surplus_and_empty_files(tmp_path, files, pattern):
 
 
 CAUSE = r"cannot be read \({}\.%s: (?!An error occurred)"  # what that says is in the cause
-KIND = "column `label` of the {} split is not integers or text"
+ROW = "row %s of the {} split, counted from 0, label %s, %s"
+NO_TEXT, KIND = "has no text, or one that is none", "is of another kind; needs integers alone or words alone"
 BAD_SPLITS = {
-    "no label column": ("jsonl", '{"text": "a", "stars": 1}\n', "the {} split has no column `label`; it has: .*stars"),
-    "no text column": ("csv", "review,label\na,0\nb,1\n", "the {} split has no column `text`; it has: review, label"),
+    "no label column": (
+        "jsonl",
+        '{"text": "a", "stars": 1}\n',
+        "the {} split must have one column `label`; it has: .*stars",
+    ),
+    "no text column": (
+        "csv",
+        "review,label\na,0\nb,1\n",
+        "the {} split must have one column `text`; it has: review, label",
+    ),
     "header only": ("csv", "text,label\n", CAUSE % "csv"),
     "blank lines": ("jsonl", "\n\n", CAUSE % "jsonl"),
-    "text is null": ("jsonl", PLAIN + '{"text": null, "label": 0}\n', "row 100 of the {} split has no text"),
-    "text is left out": ("csv", "text,label\na,0\n,1\n", "row 1 of the {} split has no text"),
-    "label is null": ("jsonl", '{"text": "a", "label": null}\n' + PLAIN, "row 0 of the {} split has no label"),
-    "label is left out": ("tsv", "text\tlabel\na\t0\nb\t\nc\t1\n", "row 1 of the {} split has no label"),
+    "text is null": ("jsonl", PLAIN + '{"text": null, "label": 0}\n', ROW % (100, 0, NO_TEXT)),
+    "text is left out": ("csv", "text,label\na,0\n,1\n", ROW % (1, 1, NO_TEXT)),
+    "label is null": ("jsonl", '{"text": "a", "label": null}\n' + PLAIN, ROW % (0, None, "has no label")),
+    "label is left out": ("tsv", "text\tlabel\na\t0\nb\t\nc\t1\n", ROW % (1, None, "has no label")),
     "text is a number": (
         "jsonl",
         '{"text": 1, "label": 0}\n{"text": 2, "label": 1}\n',
-        "`text` of the {} .* not text",
+        ROW % (0, 0, NO_TEXT),
     ),
-    "label is a fraction": ("csv", "text,label\na,0.5\nb,1.5\n", KIND),
-    "label is a list": ("jsonl", '{"text": "a", "label": [0]}\n', KIND),
+    "label is a fraction": ("csv", "text,label\na,0.5\nb,1.5\n", ROW % (0, 0.5, KIND)),
+    "label is a list": ("jsonl", '{"text": "a", "label": [0]}\n', ROW % (0, r"\[0\]", KIND)),
     "labels of two kinds": (
         "jsonl",
         PLAIN + '{"text": "a", "label": "pos"}\n',
-        KIND,
+        ROW % (100, "'pos'", KIND),
     ),
-    "broken JSON": ("jsonl", PLAIN + '{"text": ', CAUSE % "jsonl"),
+    "broken JSON": ("jsonl", PLAIN + '{"text": ', r"cannot be read \(line 101 of {}\.jsonl: Expecting value"),
     "another encoding": (
         "csv",
         "text,label\ncaf\xe9,0\nb,1\n".encode("latin-1"),
@@ -577,9 +627,33 @@ BAD_SPLITS = {
 }
 
 
+BAD_SPLITS |= {
+    "a column twice": (
+        "csv",
+        "text,label,text\na,0,b\nc,1,d\n",
+        "the {} split must have one column `text`; .*text.1$",
+    ),
+    "a key twice": ("jsonl", '{"text": "a", "label": 0, "text": "b"}\n', CAUSE % "jsonl"),
+    "rows wider than the header": (
+        "csv",
+        "text,label\na,b,0\nc,d,1\n",
+        CAUSE % "csv" + "its first row has more fields",
+    ),
+    "a row wider than the others": ("csv", "text,label\na,0\nb,c,1\n", CAUSE % "csv" + "Error .* line 3, saw 3"),
+    "a NUL byte in CSV": ("csv", "text,label\na,0\nb\0c,1\n", ROW % (1, 1, "has a NUL byte")),
+    "a NUL byte in JSON": ("jsonl", PLAIN + '{"text": "a\\u0000b", "label": 0}\n', ROW % (100, 0, "has a NUL byte")),
+    "no JSON, which crashes Arrow's parser": (
+        "jsonl",
+        'null,": "a", "label": 0}\n{"text": "b, \\"c\\"null, "label": 1}\n',
+        r"cannot be read \(line 1 of {}\.jsonl: Extra data",
+    ),
+    "no UTF-8 in JSON": ("jsonl", PLAIN.encode() + b'{"text": "caf\xe9", "label": 0}\n', CAUSE % "jsonl"),
+}
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("case", BAD_SPLITS)
-def test_bad_split(tmp_path, case, split):
+def test_a_row_cannot_be_used(tmp_path, case, split):
     suffix, content, pattern = BAD_SPLITS[case]
     (tmp_path / f"{split}.{suffix}").write_bytes(content if isinstance(content, bytes) else content.encode())
     (tmp_path / ("test.jsonl" if split == "train" else "train.jsonl")).write_text(PLAIN)
@@ -588,13 +662,55 @@ def test_bad_split(tmp_path, case, split):
 
 def test_one_class(tmp_path):
     source = write_reviews(tmp_path / "reviews", train=TRAIN[:50])
-    assert refuse(source) == f"--dataset {source}: the train split has one class only, 0; needs two or more"
+    assert refuse(source).endswith(
+        "row 0 of the train split, counted from 0, label 0, is of the only class in train; needs two or more"
+    )
 
 
 def test_test_label_that_train_lacks(tmp_path):
     source = write_reviews(tmp_path / "reviews", test=make_rows("test", 20, (0, 1, 7)))
-    line = refuse(source)
-    assert line == f"--dataset {source}: label 7 of the test split is not in the train split, which has: 0, 1"
+    line = "row 14 of the test split, counted from 0, label 7, is of no class in train; it has: 0, 1"
+    assert refuse(source) == f"--dataset {source}: {line}"
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_stray_label_is_told_where_it_stands(tmp_path, split):
+    """It turns its whole column into text; the labels of the other split are integers."""
+    for name, rows in (("train", TRAIN), ("test", TEST)):
+        rows = [*rows[:7], {"text": "stray", "label": "oops"}, *rows[7:]] if name == split else rows
+        write_file(tmp_path / f"{name}.csv", rows)
+    refuse(tmp_path, (ROW % (7, "'oops'", KIND)).format(split))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_that_differ_in_white_space_alone_are_refused(tmp_path, split):
+    for name, count in (("train", 100), ("test", 20)):
+        rows = make_rows(name, count, ("so so", "fine"))
+        rows = [*rows, {"text": "c", "label": "so  so "}] if name == split else rows
+        write_file(tmp_path / f"{name}.csv", rows)
+    said = "label 'so  so ', equals another label but for white space"
+    refuse(tmp_path, f"row {100 if split == 'train' else 20} of the {split} split, counted from 0, {said}")
+
+
+def test_labels_as_numbers_here_and_as_words_there_are_not_mixed_up(tmp_path):
+    words = [{**row, "label": str(row["label"])} for row in TEST]
+    refuse(
+        write_reviews(tmp_path / "reviews", test=words), "row 0 of the test .* '0', is of no class in train; .* 0, 1$"
+    )
+
+
+def test_parquet_with_an_index_of_pandas_is_no_wide_table(tmp_path):
+    for split, rows in (("train", TRAIN), ("test", TEST)):
+        pd.DataFrame(rows, index=range(7, 7 + len(rows) * 2, 2)).to_parquet(tmp_path / f"{split}.parquet", index=True)
+    assert pairs(read_reviews(str(tmp_path))[0]["test"]) == pairs(TEST)
+
+
+def test_parquet_with_bytes_that_are_no_text(tmp_path):
+    write_file(tmp_path / "test.parquet", TEST)
+    bytes_as_text = pyarrow.array([b"good", b"caf\xe9"]).view(pyarrow.string())
+    table = pyarrow.table({"text": bytes_as_text, "label": [0, 1]})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    refuse(tmp_path, r"cannot be read \(train.parquet: .*[Ii]nvalid UTF8")
 
 
 @pytest.mark.parametrize(("rows", "size"), [(12, 2), (2, None)])  # a class of one review stays in training
@@ -638,6 +754,15 @@ def test_archive_damaged_in_the_middle_is_not_a_shorter_archive(tmp_path):
     assert refuse(source, "cannot be read").startswith(f"--dataset {source}: ")
 
 
+def test_an_archive_that_points_out_of_its_folder_is_refused(tmp_path):
+    source = write_reviews(tmp_path / "reviews", "aclImdb_v1.tar.gz")
+    (tmp_path / "review.txt").write_text("from elsewhere")
+    with tarfile.open(source, "w:gz") as archive:
+        archive.add(tmp_path / "review.txt", "aclImdb/train/pos/0_9.txt")
+        archive.add(tmp_path / "review.txt", "../../train/pos/1_9.txt")
+    assert "train/pos/1_9.txt" in refuse(source, r"cannot be read \(.*outside the destination")
+
+
 def test_archive_of_something_else(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     source = tmp_path / "other.tar.gz"
@@ -651,3 +776,86 @@ def test_official_folder_without_test_reviews(tmp_path):
     source = write_reviews(tmp_path / "reviews", "aclImdb")
     shutil.rmtree(Path(source, "test"))
     assert refuse(source).startswith(f"--dataset {source}: ")
+
+
+# Damage of any kind
+
+CHARACTERS = st.characters(exclude_categories=["Cs"]) | st.sampled_from("\"',;\t\r\n \\{}[]")
+ROWS = st.lists(
+    st.builds(lambda text, label: {"text": text, "label": label}, st.text(CHARACTERS, min_size=1), st.integers(0, 1)),
+    max_size=3,
+)
+SNIPPETS = st.binary(max_size=6) | st.sampled_from([*b'"\n,\r\0\xff\t{}[]:']).map(lambda byte: bytes([byte]))
+# Where, as a share of the bytes; how many are lost there; what is put in their place; inside a compressed file or not.
+EDITS = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 6), SNIPPETS, st.booleans()), max_size=3)
+
+
+def write_training_rows(source: Path, rows: list[dict]) -> None:
+    if source.suffix in (f".{kind}" for kind in FILES):
+        write_file(source, rows)
+        return
+    files = {
+        f"train/{('neg', 'pos')[row['label']]}/{place}_7.txt": row["text"].encode() for place, row in enumerate(rows)
+    }
+    for old in source.rglob("*.txt"):
+        old.unlink()
+    if not source.suffix:
+        for name, text in files.items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(text)
+        return
+    with tarfile.open(source, "w:gz") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"aclImdb/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+
+
+def damage(file: Path, edits: list[tuple]) -> None:
+    for share, lost, new, inside in edits:
+        content = file.read_bytes()
+        inside = inside and file.suffix == ".gz" and content.startswith(b"\x1f\x8b")
+        with contextlib.suppress(OSError, EOFError, zlib.error):
+            content = gzip.decompress(content) if inside else content
+            place = int(share * len(content))
+            content = content[:place] + new + content[place + lost :]
+            file.write_bytes(gzip.compress(content, compresslevel=1) if inside else content)
+
+
+def rows_in(source: Path) -> int:
+    """How many rows a file, archive or folder has, counted by other means."""
+    if source.is_dir():
+        return len([*source.glob("train/neg/*.txt"), *source.glob("train/pos/*.txt")])
+    if source.suffix == ".gz":
+        with tarfile.open(source) as archive:
+            names = [Path(member.name).parts[-3:-1] for member in archive if member.isfile()]
+        return names.count(("train", "neg")) + names.count(("train", "pos"))
+    if source.suffix == ".parquet":
+        return pyarrow.parquet.read_metadata(source).num_rows
+    lines = io.StringIO(source.read_bytes().decode("utf-8-sig"), newline="")
+    if source.suffix == ".jsonl":
+        return sum(bool(line.strip()) for line in io.StringIO(lines.getvalue()))
+    separator = max(",;\t", key=lines.readline().count)
+    lines.seek(0)
+    return sum(len(row) > 1 or bool("".join(row).strip()) for row in csv.reader(lines, delimiter=separator)) - 1
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_is_damaged(kind, tmp_path, caplog):
+    """All the rows, or an error of ours."""
+    caplog.set_level(logging.CRITICAL)  # datasets logs what it fails to read
+
+    @hypothesis.settings(max_examples=200, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(ROWS, EDITS)
+    def check(odd, edits):
+        rows = [{"text": "bad", "label": 0}, *odd, {"text": 'good, "very"\nso', "label": 1}]
+        source = tmp_path / (kind if kind.startswith("aclImdb") else f"all.{kind}")
+        write_training_rows(source, rows)
+        damage(sorted(source.rglob("*_7.txt"))[-1] if source.is_dir() else source, edits)
+        with contextlib.suppress(UserError):
+            config = types.SimpleNamespace(dataset=str(source), text_column="text", label_column="label")
+            found = data._with_class_labels(data._read(str(source), None), config)["train"]
+            assert len(found) == rows_in(source)
+            assert edits or sorted(found["text"][:]) == sorted(row["text"] for row in rows)
+
+    check()

@@ -41,7 +41,8 @@ def test_every_weight_trains_and_nothing_is_left_beside_the_script(tmp_path, mon
 @pytest.mark.parametrize(
     "flags", [[], ["--max_test_samples", "9"], ["--max_train_samples", "9"], ["--output_dir", "x"]]
 )
-def test_only_a_full_run_writes_the_published_record(flags, monkeypatch):
+def test_only_a_full_run_writes_the_published_record(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where "x" is made
     monkeypatch.setattr(record, "weights_sha256", lambda config: PUBLISHED[0])
     config = parse_config(full_fine_tuning.Config, full_fine_tuning.FOLDER, flags)
     place = ROOT / "common" / "study" / "full_fine_tuning.json"

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 import pytest
+import transformers
 from conftest import read_reviews
 from huggingface_hub import errors
 
 from common.cli import UserError
-from common.hub import check_hub
+from common.data import check_hub
 from common.model import load_tokenizer
 
 ANSWER, UNAUTHORIZED = (SimpleNamespace(headers={}, request=None, status_code=code) for code in (503, 401))
@@ -80,3 +81,12 @@ def test_local_folders_need_no_hub(asked, demo):
     read_reviews(str(demo[1]))
     load_tokenizer(str(demo[0]), None, 64)
     assert not asked
+
+
+def test_a_model_on_the_hub_without_safetensors_is_refused_with_the_way_to_convert_it(asked, demo, monkeypatch):
+    for loader in (transformers.AutoConfig, transformers.AutoTokenizer):
+        found = loader.from_pretrained(demo[0])
+        monkeypatch.setattr(loader, "from_pretrained", lambda name, found=found, **options: found)
+    monkeypatch.setattr("common.model.has_file", lambda name, file, revision: file == "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"^--model some/model: has no model\.safetensors; python -c .*'some/model'"):
+        load_tokenizer("some/model", "v1", 64)

@@ -31,7 +31,7 @@ def test_the_demo_measures_every_draw_by_the_scripts_themselves(study):
     ]
     head, again, bag, _ = record["rows"]
     assert head["train_sha256"] != again["train_sha256"]
-    assert (head["train_reviews"], bag["train_reviews"], head["updates"]) == (54, 60, 10)
+    assert (head["train_reviews"], bag["train_reviews"], head["updates"]) == (54, 60, 20)
     assert all(0.3 < row["test_accuracy"] <= 1 and row["train_seconds"] > 0 for row in record["rows"])
     assert Image.open(folder / "labels.png").size[0] > 1000
 

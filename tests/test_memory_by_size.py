@@ -66,7 +66,9 @@ def test_random_weights_are_quantized_in_the_blocks_alone(name, tmp_path, monkey
     model, new, _ = method.build_model(method.Config(model=str(tmp_path / "tiny-llama"), model_revision=None), LABELS)
     quantized = [key for key, part in model.named_modules() if isinstance(part, Linear4bit)]
     assert len(quantized) == (14 if name == "PEFT_QLORA" else 0) and all(".layers." in key for key in quantized)
-    assert new == ["score.weight"] and not any(weight.is_meta for weight in [*model.parameters(), *model.buffers()])
+    assert list(new) == ["score.weight"] and not any(
+        weight.is_meta for weight in [*model.parameters(), *model.buffers()]
+    )
     assert model(torch.arange(5, 9)[None]).logits.isfinite().all()
 
 

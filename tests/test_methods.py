@@ -1,7 +1,12 @@
 """What each method trains, freezes and quantizes, on every architecture; one test for each trap."""
 
+import contextlib
 import dataclasses
 import gc
+import json
+import os
+import pickle
+import shutil
 
 import bitsandbytes
 import pytest
@@ -35,8 +40,7 @@ from transformers import (
 
 from common.blocks import transformer_blocks
 from common.cli import UserError
-from common.model import checkpoint_blocks, compute_dtype, count_parameters, trainable_state
-from common.preflight import check_trainable
+from common.model import check_trainable, checkpoint_blocks, compute_dtype, count_parameters, trainable_state
 from common.speed import speed_up
 
 HEADS = {
@@ -154,14 +158,41 @@ def test_trap_2_something_new_that_would_not_train_stops_the_run(method, backbon
     for name, weight in model.named_parameters():
         if name.endswith("classifier.bias") or name.endswith("classifier.modules_to_save.default.bias"):
             weight.requires_grad = False
-    with pytest.raises(UserError, match=r"classifier\.bias is newly initialised, but would not train"):
+    folder = backbones["bert"]
+    expected = (
+        rf"^--model {folder}: classifier\.bias is not in its weights; frozen, it would stay random, one of 1 that"
+    )
+    with pytest.raises(UserError, match=expected):
         check_trainable(model, new)
 
 
 def test_trap_2_a_quantized_new_weight_stops_the_run(backbones):
     model, *_ = build("PEFT_QLORA", backbones["bert"])
-    with pytest.raises(UserError, match="was quantized"):
-        check_trainable(model, ["bert.encoder.layer.0.output.dense.weight"])
+    with pytest.raises(UserError, match="is not there; quantized, it would stay random"):
+        check_trainable(model, {"bert.encoder.layer.0.output.dense.weight": "is not there"})
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"num_hidden_layers": 3}, r"bert\.encoder\.layer\.2\.attention.* is not in its weights; .*one of 16 that"),
+        ({"intermediate_size": 96}, r"bert\.encoder\.layer\.\d\.\w+\.dense.* is \[.*128.*\] there, not \[.*96.*\]; "),
+    ],
+)
+def test_weights_that_are_not_of_the_config_are_named_with_path_and_cause(change, expected, backbones, tmp_path):
+    shutil.copytree(backbones["bert"], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    model, new, _ = build("NEW_HEAD", tmp_path)
+    with pytest.raises(UserError, match=f"^--model {tmp_path}: {expected}.*; do config.json and weights belong toget"):
+        check_trainable(model, new)
+
+
+@pytest.mark.parametrize("name", ["PEFT_LORA", "PEFT_QLORA"])
+def test_a_rank_above_the_width_of_the_layers_is_refused(name, backbones):
+    assert build(name, backbones["bert"], lora_r=64)
+    with pytest.raises(UserError, match=r"^--lora_r 65: is above 64, the width of the model's layers$"):
+        build(name, backbones["bert"], lora_r=65)
 
 
 def test_a_head_for_other_labels_is_made_anew(method, backbones, tmp_path):
@@ -405,3 +436,26 @@ def test_an_architecture_without_checkpointing_or_blocks_says_so(backbones, tmp_
         checkpoint_blocks(model)
     with pytest.raises(UserError, match="--torch_compile: mpnet has no blocks"):
         speed_up(model, torch_compile=True)
+
+
+class Pickled:
+    """Unpickling one runs a program: here it makes a folder."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_nothing_in_a_checkpoint_is_run(name, backbones, tokens, tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer("NEW_HEAD", backbones["bert"], tmp_path, tokens, **settings).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    assert (checkpoint / name).exists()
+    torch.save({"state": Pickled(tmp_path / "trace")}, checkpoint / name)
+    with contextlib.suppress(pickle.UnpicklingError):
+        again = make_trainer("NEW_HEAD", backbones["bert"], tmp_path, tokens, **settings)
+        again.train(resume_from_checkpoint=str(checkpoint))
+    assert not (tmp_path / "trace").exists()

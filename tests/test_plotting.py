@@ -4,11 +4,12 @@ import itertools
 from statistics import mean, stdev
 
 import pytest
+from conftest import digest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from common.files import whole_file
-from common.plotting import BLUE, DEMO, bar_figure, digest, limits, line_figure, save
+from common.cli import whole_file
+from common.plotting import BLUE, DEMO, bar_figure, limits, line_figure, save
 
 
 def make_run(seed):
@@ -183,7 +184,7 @@ def test_saved_files_are_small_whole_and_repeatable_pngs(record, tmp_path):
         assert pixels[0, 0].tolist() == [1, 1, 1, 1], "an opaque white page"
         assert pixels.std() > 0.05
         assert b"Software" not in content and digest(record).encode() in content
-        save(figure(record), str(tmp_path / name), record)
+        save(figure(record), tmp_path / name, record)
         assert (tmp_path / name).read_bytes() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bar.png", "line.png"]
 

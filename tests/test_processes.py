@@ -12,7 +12,7 @@ from conftest import METHODS, ROOT, import_method, write_random_backbone
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from common.files import write_json
+from common.cli import write_json
 from common.study import processes, report
 
 FLAGS = "--demo --epochs 1 --max_train_samples 300 --max_test_samples 60 --batch_size 16".split()

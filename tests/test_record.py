@@ -12,9 +12,8 @@ from conftest import import_method
 from transformers import EvalPrediction
 
 from common import record
-from common.cli import UserError
-from common.files import public_name, write_json
-from common.record import clear_seed, command_line, open_seed, run_record, spread, summarize
+from common.cli import SIZES, UserError, file_sizes, public_name, write_json
+from common.record import command_line, open_seed, prepare_seed, run_record, spread, summarize
 
 
 @pytest.fixture
@@ -98,11 +97,16 @@ def test_the_best_epoch_is_the_most_accurate_after_training_then_the_one_of_the_
         history += [{"epoch": float(epoch), "seconds": 2.0 * (epoch > 0)}]
         history += [{"epoch": float(epoch), "eval_validation_accuracy": accuracy, "eval_validation_loss": loss}]
         history += [{"epoch": float(epoch), "eval_train_accuracy": accuracy}]
+    (tmp_path / "unfinished_seed_7").mkdir()
     trainer = SimpleNamespace(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters()),
         args=SimpleNamespace(
-            seed=7, output_dir=str(tmp_path), num_train_epochs=3, load_best_model_at_end=chosen, world_size=1
+            seed=7,
+            output_dir=str(tmp_path / "unfinished_seed_7"),
+            num_train_epochs=3,
+            load_best_model_at_end=chosen,
+            world_size=1,
         ),
         state=SimpleNamespace(log_history=history),
         train_dataset=range(100),
@@ -120,14 +124,14 @@ def test_the_best_epoch_is_the_most_accurate_after_training_then_the_one_of_the_
     assert [epoch["validation_accuracy"] for epoch in made["epochs"]] == list(accuracies)
     assert made["untrained_test"] == pytest.approx({"accuracy": 0.25, "f1": 0.4})
     assert (made["test"]["accuracy"], made["test"]["precision"]) == (0.75, 1)
-    kept = np.load(tmp_path / "logits.npz")
+    kept = np.load(tmp_path / "seed_7" / "logits.npz")
     assert (kept["test_logits"] == good.predictions).all() and (kept["validation_logits"] == bad.predictions).all()
     assert kept["test_labels"].tolist() == kept["validation_labels"].tolist() == [0, 1, 1, 0]
     assert (made["train_seconds"], made["train_reviews_per_second"]) == (10.0, 30.0)  # evaluation is left out
     assert made["trainable_parameters"] == made["total_parameters"] == 10
     assert (made["processes"], made["peak_memory_bytes"], sum(made["memory_bytes"].values())) == (1, 90, 90)
     assert made["peak_memory_by_phase_bytes"] == {"loading": 5, "training": 90, "evaluation": 70}
-    assert json.loads((tmp_path / "run.json").read_text()) == made
+    assert json.loads((tmp_path / "seed_7" / "run.json").read_text()) == made
 
 
 # Seeds' folders
@@ -141,22 +145,29 @@ def config(tmp_path):
 def leave(config, method: str = "METHOD") -> None:
     """A finished run of seed 0."""
     folder, _ = open_seed(method, config, 0, "fingerprint")
-    clear_seed(method, config, folder, "fingerprint")
+    prepare_seed(method, config, folder, "fingerprint")
     (folder / "model").mkdir()
     write_json({"seed": 0}, folder / "run.json")
+    folder.rename(folder.with_name("seed_0"))
 
 
 def test_a_new_run_starts_from_an_empty_folder_and_resume_from_what_is_there(config):
     leave(config)
-    folder, finished = open_seed("METHOD", config, 0, "fingerprint")
-    assert finished is None and (folder / "model").exists(), "nothing goes before all is checked"
     config.resume = True
-    assert open_seed("METHOD", config, 0, "fingerprint") == (folder, {"seed": 0})
-    clear_seed("METHOD", config, folder, "fingerprint")
-    assert (folder / "model").exists()
+    folder, finished = open_seed("METHOD", config, 0, "fingerprint")
+    assert finished == {"seed": 0}
     config.resume = False
-    clear_seed("METHOD", config, folder, "fingerprint")
+    assert open_seed("METHOD", config, 0, "fingerprint") == (folder, None)
+    prepare_seed("METHOD", config, folder, "fingerprint")
     assert [path.name for path in folder.iterdir()] == ["flags.json"]
+    (folder / "half").mkdir()
+    config.resume = True
+    assert open_seed("METHOD", config, 0, "fingerprint") == (folder, None)
+    prepare_seed("METHOD", config, folder, "fingerprint")
+    assert (folder / "half").exists()
+    config.resume = False
+    prepare_seed("METHOD", config, folder, "fingerprint")
+    assert not (folder / "half").exists() and (folder.with_name("seed_0") / "model").exists()
 
 
 @pytest.mark.parametrize(
@@ -194,5 +205,6 @@ def test_checkpoints_are_numbered_and_whole(tmp_path):
     for number in (9, 10, 11):
         (tmp_path / f"checkpoint-{number}").mkdir()
     for number in (9, 10):
-        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+        write_json({"best_global_step": None}, tmp_path / f"checkpoint-{number}" / "trainer_state.json")
+        write_json(file_sizes(tmp_path / f"checkpoint-{number}"), tmp_path / f"checkpoint-{number}" / SIZES)
     assert record.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")  # 11 was not written to its end

@@ -4,11 +4,10 @@ import json
 import shutil
 
 import pytest
-from conftest import METHODS, ROOT
+from conftest import METHODS, ROOT, digest
 from PIL import Image
 
 from common.cli import UserError
-from common.plotting import digest
 from common.study import report
 from common.study.tricks import ALL, FLASH
 

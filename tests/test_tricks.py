@@ -33,7 +33,7 @@ def left_out(seen: Trainer) -> set[str]:
         NORM: speed.LayerNormOutsideAutocast is nn.LayerNorm,
         CASTS: "peft" not in trainer.disable_input_dtype_casting.__module__,
         UNFILLED: torch.utils.deterministic.fill_uninitialized_memory,
-        STORED: seen.run_once is None,
+        STORED: seen.inputs_of(seen.train_dataset) is seen.tensors_of(seen.train_dataset),
     }
     return {trick for trick, is_so in without.items() if is_so}
 

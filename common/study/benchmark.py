@@ -42,9 +42,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from common.cli import run
+from common.cli import public_name, run, write_json
 from common.data import clean
-from common.files import public_name, write_json
 from common.metrics import peak_memory, synchronize
 from common.model import compute_dtype
 from common.record import ROOT, command_line, environment

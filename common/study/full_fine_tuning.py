@@ -15,8 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.hf_argparser import HfArg
 
-from common.cli import run
-from common.files import write_json
+from common.cli import run, write_json
 from common.model import missing_weights
 from common.record import command_line, make_record, spread
 from common.study.scripts import HERE, record_path, script

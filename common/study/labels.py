@@ -42,9 +42,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from common.cli import UPDATES, parse_config, run
+from common.cli import UPDATES, parse_config, public_name, run, write_json
 from common.data import clean, load_reviews, stratified_rows, tokenize
-from common.files import public_name, write_json
 from common.metrics import ClassificationScores
 from common.model import load_tokenizer
 from common.plotting import BLUE, GREY, ORANGE, PALE, RED, SKY, page, save, style

@@ -47,9 +47,8 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
-from common.cli import parse_config, run
+from common.cli import parse_config, run, write_json
 from common.demo import build_demo
-from common.files import write_json
 from common.metrics import synchronize
 from common.model import load_tokenizer
 from common.plotting import BLUE, GREY, RED, page, save, style

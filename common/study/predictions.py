@@ -18,8 +18,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from common.cli import run
-from common.files import write_json
+from common.cli import run, write_json
 from common.study import full_fine_tuning
 from common.study.scripts import HERE, METHODS, script
 

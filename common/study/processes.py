@@ -22,9 +22,8 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer
 
-from common.cli import UserError, run
+from common.cli import UserError, public_name, run, write_json
 from common.demo import build_demo
-from common.files import public_name, write_json
 from common.record import ROOT, command_line, environment
 from common.study.memory_by_size import RandomWeights, shape
 from common.study.scripts import HERE

@@ -21,9 +21,8 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from common.cli import parse_config, run
+from common.cli import parse_config, run, write_json
 from common.data import clean, load_reviews, tokenize
-from common.files import write_json
 from common.model import compute_dtype, load_tokenizer
 from common.record import command_line, environment
 from common.study.scripts import HERE, record_path, script

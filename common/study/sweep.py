@@ -25,8 +25,7 @@ import datasets
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from common.cli import run
-from common.files import write_json
+from common.cli import run, write_json
 from common.model import switch_off_dropout
 from common.record import PUBLISHED, command_line, environment
 from common.study import full_fine_tuning

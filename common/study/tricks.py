@@ -26,8 +26,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from common import speed, trainer
-from common.cli import run
-from common.files import public_name, write_json
+from common.cli import public_name, run, write_json
 from common.record import command_line, environment
 from common.study.scripts import METHODS, STOCK_FEEDING, prepare, script, some_reviews
 
