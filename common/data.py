@@ -28,10 +28,9 @@ BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json
 
 def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
     """Splits "train", "validation" and "test" with columns `text` (str) and `label` (ClassLabel), and a fingerprint:
-    the SHA-256 of all the reviews, whatever their order or file format. Without a validation split of its own,
-    validation is split off the training reviews; without a test split, that is split off first. config: what its
-    `max_train_samples` and `max_test_samples` keep is random and stratified, and another part of the training reviews
-    for each `seed`. Raises UserError for what cannot be read or used."""
+    the SHA-256 of all the reviews, whatever their order or file format. What has no test split loses a part of train
+    to it, then one to validation if that is missing too. What `config.max_train_samples` and `max_test_samples` keep
+    is stratified, and of train another part for each `seed`. Raises UserError for what cannot be read or used."""
     sample, parts, note = config.max_train_samples, 10, ""
     splits = _with_class_labels(_read(config.dataset, config.dataset_revision), config)
     if "test" not in splits:
@@ -46,8 +45,8 @@ def load_reviews(config, seed: int = 0) -> tuple[DatasetDict, str]:
     train, validation = (train, splits["validation"]) if "validation" in splits else _divide(train, parts)
     test = splits["test"].select(stratified_rows(labels["test"], config.max_test_samples, seed=0))
     data = DatasetDict(train=train, validation=validation, test=test)
-    if fingerprint == IMDB_SHA256:
-        data = data.cast_column("label", ClassLabel(names=["negative", "positive"]))  # of 0 and 1
+    if fingerprint == IMDB_SHA256:  # whose labels may be 0 and 1
+        data = data.cast_column("label", ClassLabel(names=["negative", "positive"]))
     labels = {name: set(rows["label"][:]) for name, rows in data.items()}
     if len(labels["train"]) < 2 or not labels["validation"]:
         flag = f"--max_train_samples {sample}" if sample else f"--dataset {config.dataset}"

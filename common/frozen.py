@@ -37,13 +37,11 @@ def head_token(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewTensors) -> Dataset:
-    """Send every text through `run_backbone` once; returns what the head trains on from then on.
-    run_backbone: given the model and an iterator over batches, returns (texts, hidden size). Where that is not enough
-    for the model's own logits, because its head reads more than one token, the texts themselves are returned."""
+    """Send every text through `run_backbone` once; returns what the head trains on from then on: the texts themselves
+    where a head reads more than one token. run_backbone: of the model and batches it makes (texts, hidden size)."""
     model = trainer.model.eval()
-    backbone = model.base_model
 
-    class Passing(type(backbone)):  # returns what it is given as `inputs_embeds`, with its pooler's output, if any
+    class Passing(type(model.base_model)):  # returns what it is given as `inputs_embeds`, with its pooler's output, if any
         def forward(self, *args, inputs_embeds=None, **kwargs):
             if inputs_embeds is None:
                 return super().forward(*args, **kwargs)
@@ -56,7 +54,7 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
         order = torch.tensor(np.argsort(np.concatenate(parts)), device=outputs.device)
         return StoredOutputs(outputs[order], texts.labels[: len(order)])
 
-    backbone.__class__ = Passing
+    model.base_model.__class__ = Passing
     with trainer.accelerator.autocast():
         few = list(range(min(8, len(texts))))
         whole, alone = (model(**source.__getitems__(few)).logits for source in (texts, stored([few])))

@@ -17,7 +17,6 @@ from common.cli import whole_file
 BLUE, SKY, ORANGE, RED = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
 GREY, PALE, FAINT = "#5F6368", "#A9AFB5", "#E4E6E8"
 DEMO = "Demo: generated reviews, tiny model; the figures mean nothing"
-ONE_CLASS = "predicts one class for every validation text"
 
 
 def bar_figure(record: dict) -> Figure:

@@ -34,8 +34,7 @@ def speed_up(model: PreTrainedModel, torch_compile: bool = False) -> None:
 
 
 class LayerNormOutsideAutocast(nn.LayerNorm):
-    """LayerNorm that gives the type of its weights. On a GPU autocast would let it give fp32: every layer would then
-    keep its hidden states in twice the memory, and cast them back for the next matrix product."""
+    """LayerNorm that gives the type of its weights; a GPU's autocast gives fp32, and doubles what every layer keeps."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -44,9 +43,8 @@ class LayerNormOutsideAutocast(nn.LayerNorm):
 
 def mask_of_texts(*args, mask_function=None, attention_mask=None, always=False, **kwargs) -> torch.Tensor | None:
     """transformers' mask for attention; of an encoder's padded batch it knows besides where the texts begin and end.
-    attention_mask: (rows, width), each row's text in one piece. An encoder needs no mask for every pair of tokens;
-    transformers makes one, and asks the device in every step whether there is any padding at all.
-    always: batches without padding have a mask too, so that compiled blocks see one kind of batch."""
+    transformers' own is for every pair of tokens, and asks the device in every step whether there is any padding.
+    attention_mask: (rows, width), each row's text in one piece. always: also without padding, for compiled blocks."""
     if always:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         if attention_mask is None:
@@ -74,8 +72,7 @@ def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     and padding can be such a sequence. query, key, value: (rows, heads, width, size)."""
     ends = getattr(attention_mask, "sequence_ends", None)
     rows, heads, width, size = query.shape
-    fits = size % 8 == 0 and size <= 128 and kwargs.get("position_bias") is None
-    if ends is None or not fits or not has_flash_attention(query):
+    if ends is None or size % 8 or size > 128 or kwargs.get("position_bias") is not None or not has_flash(query):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     query, key, value = (part.transpose(1, 2).reshape(rows * width, heads, size) for part in (query, key, value))
     forward = torch.ops.aten._flash_attention_forward  # what torch.nn.attention.varlen_attn calls, without dropout
@@ -83,6 +80,6 @@ def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     return output.view(rows, width, heads, size), None
 
 
-def has_flash_attention(query: torch.Tensor) -> bool:
+def has_flash(query: torch.Tensor) -> bool:
     """Whether PyTorch's flash attention takes this tensor. GPUs that compute in bfloat16 have it."""
     return query.is_cuda and query.dtype == torch.bfloat16 and torch.backends.cuda.is_flash_attention_available()

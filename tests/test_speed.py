@@ -29,7 +29,7 @@ def flash_calls(monkeypatch) -> list[float]:
         outputs = [PLAIN(*sequence, scale=scale) for sequence in zip(*parts, strict=True)]
         return torch.cat(outputs, dim=1).transpose(0, 1), None, None, None, None
 
-    monkeypatch.setattr("common.speed.has_flash_attention", lambda query: True)
+    monkeypatch.setattr("common.speed.has_flash", lambda query: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", one_by_one)
     return calls
 
