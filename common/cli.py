@@ -31,9 +31,8 @@ class UserError(Exception):
 
 
 def parse_config(config_class: type, folder: Path, argv: list[str] | None = None):
-    """Parse and check the flags that the dataclass `config_class` declares; make the settings of the whole process.
-    folder: the script's own, in which `--output_dir` defaults to `runs/<data>`. With `--demo` the generated reviews
-    and model, and what suits them, become the defaults. Raises UserError for a value that cannot be used."""
+    """Parse and check the flags of the dataclass `config_class`; make the settings of the whole process. folder: the
+    script's own, whose `runs/<data>` is the default output folder. Raises UserError for what cannot be used."""
     transformers.logging.set_verbosity_error()  # the preflight says what matters of their reports on loading
     torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, and costs 8% of the speed
     if not torch.accelerator.is_available():  # unless told, several processes on CPUs do not look for each other

@@ -41,7 +41,7 @@ def store_outputs(run_backbone: Callable, trainer: ReviewTrainer, texts: ReviewT
     where a head reads more than one token. run_backbone: of the model and batches it makes (texts, hidden size)."""
     model = trainer.model.eval()
 
-    class Passing(type(model.base_model)):  # returns what it is given as `inputs_embeds`, with its pooler's output, if any
+    class Passing(type(model.base_model)):  # returns what it is given as `inputs_embeds`, with its pooler's output
         def forward(self, *args, inputs_embeds=None, **kwargs):
             if inputs_embeds is None:
                 return super().forward(*args, **kwargs)

@@ -34,7 +34,7 @@ def speed_up(model: PreTrainedModel, torch_compile: bool = False) -> None:
 
 
 class LayerNormOutsideAutocast(nn.LayerNorm):
-    """LayerNorm that gives the type of its weights; a GPU's autocast gives fp32, and doubles what every layer keeps."""
+    """LayerNorm that gives the type of its weights; a GPU's autocast gives fp32: every layer keeps twice as much."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):

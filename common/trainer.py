@@ -55,9 +55,8 @@ class ReviewTensors(Dataset):
 
 class LengthGroupedBatches(Sampler):
     """Rows of every batch of an epoch: reviews of similar length together, in an order drawn from (seed, epoch).
-    lengths: tokens per review. Every global batch, of at most `batch_size` reviews, is dealt out to `steps`
-    accumulation steps and in each of them to `processes` processes; this one takes the share of `process`.
-    Raises UserError where there are too few reviews for every step to get one."""
+    lengths: tokens per review. A global batch, of at most `batch_size` reviews, is dealt out to `steps` accumulation
+    steps, and each of them to `processes`, of which this is `process`. Raises UserError where one would get none."""
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, steps=1, process=0, processes=1):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
@@ -120,7 +119,7 @@ class ReviewTrainer(Trainer):
     A step that runs out of GPU memory is tried again in halves; the update stays that of its whole batch.
     learning_rates: peak of the schedule for the parameters of the modules named; for all others that of `args`.
     class_weights: "balanced" weights every text's loss by how rare its class is, on average by one; else "none".
-    run_once: makes what every epoch reads, of this trainer and a data set's `ReviewTensors`; see `common/frozen.py`."""
+    run_once: of this trainer and a data set's `ReviewTensors` it makes what every epoch reads; see common/frozen.py."""
 
     def __init__(self, *, args, learning_rates=None, class_weights="none", run_once=None, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU; torchrun starts a process for each
