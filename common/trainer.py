@@ -119,7 +119,7 @@ class ReviewTrainer(Trainer):
     A step that runs out of GPU memory is tried again in halves; the update stays that of its whole batch.
     learning_rates: peak of the schedule for the parameters of the modules named; for all others that of `args`.
     class_weights: "balanced" weights every text's loss by how rare its class is, on average by one; else "none".
-    run_once: of this trainer and a data set's `ReviewTensors` it makes what every epoch reads; see common/frozen.py."""
+    run_once: of this trainer and a data set's `ReviewTensors` it makes what epochs read; see `common/frozen.py`."""
 
     def __init__(self, *, args, learning_rates=None, class_weights="none", run_once=None, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU; torchrun starts a process for each
