@@ -116,14 +116,15 @@ def read_rows(path: Path) -> Iterator[dict]:
                 yield from (json.loads(line) for line in file if line.strip())
             else:
                 csv.field_size_limit(2**31 - 1)  # characters; by default a text has at most 131,072
-                yield from csv.DictReader(file, delimiter=_delimiter(path), strict=True)
+                yield from csv.DictReader(file, delimiter=_delimiter(path, path), strict=True)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"--file {path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def write_rows(chunks: Iterable[list[dict]], columns: list[str], path: Path, source: Path | None) -> None:
     """Write to `path`, in the format of its suffix, whole or not at all. source: the file that the rows are from; a
-    Parquet file's types are kept. Raises UserError where a column has values of different types."""
+    CSV file's separator and a Parquet file's types are kept. Raises UserError where a column has values of different
+    types."""
     with whole_file(path) as temporary:
         if path.suffix.lower() == ".parquet":
             import pyarrow as pa
@@ -146,14 +147,19 @@ def write_rows(chunks: Iterable[list[dict]], columns: list[str], path: Path, sou
                 for chunk in chunks:
                     file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in chunk)
             else:
-                table = csv.DictWriter(file, columns, delimiter=_delimiter(path), lineterminator="\n")
+                table = csv.DictWriter(file, columns, delimiter=_delimiter(path, source), lineterminator="\n")
                 table.writeheader()
                 for chunk in chunks:
                     table.writerows(chunk)
 
 
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
+def _delimiter(path: Path, source: Path | None) -> str:
+    """Of `source` if that is such a file too, by its header, else the usual one."""
+    usual = "\t,;" if path.suffix.lower() == ".tsv" else ",;\t"
+    if not source or source.suffix.lower() != path.suffix.lower():
+        return usual[0]
+    with source.open(encoding="utf-8-sig") as file:
+        return max(usual, key=file.readline().count)
 
 
 def checked(rows: Iterable[dict], column: str, source: str) -> Iterator[dict]:
