@@ -264,13 +264,14 @@ def main(argv: list[str] | None = None) -> str:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="Which to run. [all four]")
     parser.add_argument(
-        "--output_dir", "--output-dir", help="Folder for the report and the runs. [runs/compare/<name of the data>]"
+        "--output_dir", "--output-dir", help="For the report and the runs. [runs/compare/<name of the data>]"
     )
     args, flags = parser.parse_known_args(argv)
     for name in args.methods:  # a wrong flag is refused in the name of the script that does not know it
         known = HfArgumentParser(script(name).Config, prog=f"{name}/train.py", allow_abbrev=False)
         given = known.parse_args(flags)
     data_name = "demo" if given.demo else Path(public_name(given.dataset)).name.split(".")[0]
+    data_name += "_partial" * bool(given.max_train_samples or given.max_test_samples)  # as the scripts' own folders
     place = Path(args.output_dir or ROOT / "runs" / "compare" / data_name).expanduser().resolve()
     flags = {name: [*flags, "--output_dir", str(place / name)] for name in args.methods}
     configs = {name: parse_config(script(name).Config, script(name).FOLDER, own) for name, own in flags.items()}

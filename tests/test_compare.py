@@ -105,6 +105,13 @@ def test_a_wrong_flag_starts_nothing(flags, reason, calls, tmp_path, capsys):
     assert calls == [] and not (tmp_path / "results").exists()
 
 
+def test_a_part_of_the_texts_does_not_replace_what_all_of_them_gave(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        compare.main(["--demo", "--methods", "NEW_HEAD", "--max_train_samples", "200"])
+    assert [path.name for path in (tmp_path / "runs" / "compare").iterdir()] == ["demo_partial"]
+
+
 def test_data_that_cannot_be_read_start_nothing(calls, tmp_path, demo):
     flags = ["--model", str(demo[0]), "--max_length", "64", "--output_dir", str(tmp_path / "results")]
     for wrong, reason in ((["--dataset", "./none"], "no such folder"), (["--batch_size", "-1"], "greater than 0")):
