@@ -6,7 +6,7 @@
     python -m common.predict FOLDER --merge DEST
 
 FOLDER is <METHOD>/runs/<data>/seed_0/model. Texts are cleaned and truncated as in training. Files are read, labelled
-and written in parts, so their size does not matter. A label's probability is a column of --output.
+and written in parts, so their size does not matter. A label's probability, to six decimals, is a column of --output.
 """
 
 import argparse
@@ -270,13 +270,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--file {args.file}: already has what would be new: {', '.join(taken)}")
     rows = checked(read(), args.text_column, place)
     parts = predict(args, args.folder, args.backbone, rows, count if args.file else None)
-    labelled = ([(row, names[one.argmax()], one.tolist()) for row, one in zip(*part, strict=True)] for part in parts)
+    labelled = (
+        [(row, names[one.argmax()], *one.astype(float).round(6).tolist()) for row, one in zip(*part, strict=True)]
+        for part in parts
+    )
     if args.output:
-        chunks = (
-            [row | dict(zip(new, (label, *shares), strict=True)) for row, label, shares in part] for part in labelled
-        )
+        chunks = ([row | dict(zip(new, answer, strict=True)) for row, *answer in part] for part in labelled)
         return write_rows(chunks, [*columns, *new], args.output, args.file)
-    for row, label, shares in chain.from_iterable(labelled):
+    for row, label, *shares in chain.from_iterable(labelled):
         text, shares = row[args.text_column], dict(zip(names, shares, strict=True))
         if args.json:
             print(json.dumps({"text": text, "label": label, "probabilities": shares}, ensure_ascii=False))

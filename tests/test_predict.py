@@ -141,6 +141,7 @@ def test_the_separator_of_a_csv_file_is_found_and_kept(separator, models, label,
     header, row = output.read_text().splitlines()
     assert header.split(separator)[:3] == ["nr", "text", "label"]
     assert row.split(separator)[:2] == ["1", "A slow start, but what an ending."]
+    assert all(len(share) <= len("0.123456") for share in row.split(separator)[3:])
 
 
 def test_a_failure_leaves_the_old_file(models, tmp_path, monkeypatch):
