@@ -15,10 +15,8 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 from datasets import DatasetDict
@@ -42,6 +40,8 @@ from common.study.scripts import METHODS, script
 from common.trainer import longest_first
 
 MAJORITY = "majority class"
+# What an epoch costs in passes through the backbone, as measured on a CPU; NEW_HEAD needs one for all epochs.
+PASSES = {"NEW_HEAD": 0, "LAST_LAYER": 1.2, "PEFT_LORA": 2.2, "PEFT_QLORA": 3}
 WRONG, SHOWN = 10, 300  # how many texts that are confidently wrong, and characters of each
 
 
@@ -73,19 +73,25 @@ def run_script(name: str, flags: list[str]) -> str | None:
 def run_scripts(configs: dict, flags: dict[str, list[str]], fingerprint: str) -> dict[str, str]:
     """Run what is not finished. configs, flags: by method. Returns the errors of those that failed, by method."""
     todo = [name for name, config in configs.items() if not is_finished(name, config, fingerprint)]
-    errors, seconds = {}, []
+    errors = {}
     if len(todo) < len(configs):
         print(f"Finished by an earlier run: {', '.join(name for name in configs if name not in todo)}", flush=True)
     for number, name in enumerate(todo):
-        left = mean(seconds or [0]) * len(todo[number:])
+        rest = todo[number:]
+        left = seconds_left(configs, rest, [done for done in configs if done not in {*rest, *errors}])
         about = f"{left / 60:.0f} minutes" if left >= 90 else f"{left:.0f} seconds"
         print(f"[{number + 1}/{len(todo)}] {name}" + f"; about {about} to go" * (left > 0), flush=True)
-        started = time.perf_counter()
         if error := run_script(name, flags[name]):
             errors[name] = error
-        else:
-            seconds.append(time.perf_counter() - started)
     return errors
+
+
+def seconds_left(configs: dict, rest: list[str], done: list[str]) -> float:
+    """How long `rest` will take, by the records of `done` and passes through the backbone; 0 where none is done."""
+    passes = {name: PASSES[name] * config.epochs or 1 for name, config in configs.items()}
+    runs = [run for name in done for run in read(Path(configs[name].output_dir) / "results.json")["runs"]]
+    seconds = sum(run["total_seconds"] for run in runs)
+    return seconds / sum(passes[name] for name in done) * sum(passes[name] for name in rest) if done else 0
 
 
 def measure_references(config, tokenizer, reviews: DatasetDict, data: DatasetDict) -> tuple[list[dict], dict]:

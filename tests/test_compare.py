@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from matplotlib.image import imread
 from common import compare
 from common.cli import UserError
 from common.demo import write_corpus
+from common.files import write_json
 
 FLAGS = ["--demo", "--methods", "NEW_HEAD", "PEFT_LORA", "--epochs", "2", "--max_train_samples", "300"]
 FLAGS += ["--max_test_samples", "60", "--seeds", "3", "4"]
@@ -159,18 +161,30 @@ def test_ctrl_c_ends_the_script_too_and_is_told_once(tmp_path, monkeypatch, capf
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_the_rest_takes_as_long_as_the_finished_ones_on_average(monkeypatch, capsys):
-    clock = iter([0, 100, 100, 101, 200, 500])
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(compare, "is_finished", lambda name, *_: name == "A")
-    monkeypatch.setattr(compare, "run_script", lambda name, flags: "error" if name == "C" else None)
-    configs = dict.fromkeys("ABCD")
-    assert compare.run_scripts(configs, configs, "") == {"C": "error"}
+def test_the_rest_takes_as_long_as_its_passes_through_the_backbone(tmp_path, monkeypatch, capsys):
+    configs = {name: SimpleNamespace(epochs=10, output_dir=tmp_path / name) for name in compare.METHODS}
+
+    def run_script(name, flags):
+        if name == "PEFT_LORA":
+            return "error"
+        (tmp_path / name).mkdir()
+        seconds = 30 if name == "NEW_HEAD" else 100
+        write_json({"runs": [{"total_seconds": seconds}] * 2}, tmp_path / name / "results.json")
+
+    monkeypatch.setattr(compare, "PASSES", {"NEW_HEAD": 0, "LAST_LAYER": 1, "PEFT_LORA": 2, "PEFT_QLORA": 2})
+    monkeypatch.setattr(compare, "run_script", run_script)
+    monkeypatch.setattr(compare, "is_finished", lambda name, *_: (tmp_path / name).exists())
+    assert compare.run_scripts(configs, configs, "") == {"PEFT_LORA": "error"}
     assert capsys.readouterr().out.splitlines() == [
-        "Finished by an earlier run: A",
-        "[1/3] B",
-        "[2/3] C; about 3 minutes to go",
-        "[3/3] D; about 2 minutes to go",
+        "[1/4] NEW_HEAD",
+        "[2/4] LAST_LAYER; about 50 minutes to go",  # 50 passes at 60 seconds
+        "[3/4] PEFT_LORA; about 16 minutes to go",  # 40 passes at 260 / 11
+        "[4/4] PEFT_QLORA; about 8 minutes to go",
+    ]
+    assert compare.run_scripts(configs, configs, "") == {"PEFT_LORA": "error"}
+    assert capsys.readouterr().out.splitlines() == [
+        "Finished by an earlier run: NEW_HEAD, LAST_LAYER, PEFT_QLORA",
+        "[1/1] PEFT_LORA; about 5 minutes to go",  # 20 passes at 460 / 31
     ]
 
 
