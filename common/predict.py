@@ -190,15 +190,15 @@ def predict(
             yield chunk, probabilities(model, tokenizer, texts, args.batch_size, bar)
 
 
-def merge(args, read: Callable[[], Iterable[dict]]) -> None:
+def merge(args, read: Callable[[], Iterable[dict]], count: int) -> None:
     """Write an adapter and its backbone as one checkpoint to `args.merge`, and print how its answers to the rows that
-    `read` gives differ from those of the adapter as it was trained."""
+    `read` gives differ from those of the adapter as it was trained. count: of these rows."""
     model, tokenizer = load(args.folder, args.backbone, plain=True)  # merged into 4 bits, the update would be rounded
     model.merge_and_unload().save_pretrained(args.merge)
     tokenizer.save_pretrained(args.merge)
     del model  # before two others are loaded
     apart, whole = (
-        np.concatenate([found for _, found in predict(args, *place, read())])
+        np.concatenate([found for _, found in predict(args, *place, read(), count)])
         for place in ((args.folder, args.backbone), (args.merge, None))
     )
     changed, most = (apart.argmax(1) != whole.argmax(1)).sum(), np.abs(apart - whole).max()
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         for row in checked(read(), args.text_column, place):
             columns, count = columns | row, count + 1
     if args.merge:
-        return merge(args, read)
+        return merge(args, read, count)
     names = [*AutoConfig.from_pretrained(args.folder).id2label.values()]
     new = ["predicted_label" if "label" in columns else "label", *(f"probability_{name}" for name in names)]
     if args.output and (taken := [name for name in new if name in columns]):
