@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from common.data import IMDB_SHA256
 from common.files import whole_file
 
 # Okabe and Ito's colours: people with any colour vision can tell them apart.
@@ -19,11 +20,17 @@ GREY, PALE, FAINT = "#5F6368", "#A9AFB5", "#E4E6E8"
 DEMO = "Demo: generated reviews, tiny model; the figures mean nothing"
 
 
+def noun(record: dict) -> str:
+    """What the charts and tables of a record call its texts."""
+    return "reviews" if record["dataset"]["sha256"] == IMDB_SHA256 else "texts"
+
+
 def bar_figure(record: dict) -> Figure:
     """Test accuracy and F1 in percent, before and after fine-tuning, with whiskers of one sd."""
     runs = record["runs"]
     whiskers = ": bars are means, whiskers ± 1 sd" if len(runs) > 1 else ""
-    figure, axes = _method_page(record, f"{record['dataset']['test']:,} test reviews; {_seeds(runs)}{whiskers}")
+    size = f"{record['dataset']['test']:,} test {noun(record)}"
+    figure, axes = _method_page(record, f"{size}; {_seeds(runs)}{whiskers}")
     before, after = ("untrained_test", "before fine-tuning", PALE), ("test", "after fine-tuning", BLUE)
     for offset, (key, label, colour) in ((-0.19, before), (0.19, after)):
         scores = np.array([[run[key]["accuracy"], run[key]["f1"]] for run in runs])
@@ -39,9 +46,9 @@ def bar_figure(record: dict) -> Figure:
 
 def line_figure(record: dict) -> Figure:
     """Accuracy in percent across epochs, on validation and on training reviews, with the chosen epochs marked."""
-    runs = record["runs"]
-    caption = f"epoch (0: before fine-tuning)\n{record['dataset']['validation']:,} validation reviews; "
-    figure, axes = _method_page(record, caption + "training: a fixed sample of reviews, in evaluation mode")
+    runs, kind = record["runs"], noun(record)
+    caption = f"epoch (0: before fine-tuning)\n{record['dataset']['validation']:,} validation {kind}; "
+    figure, axes = _method_page(record, caption + f"training: a fixed sample of {kind}, in evaluation mode")
     epochs = [epoch["epoch"] for epoch in runs[0]["epochs"]]
     training = np.array([[epoch["train_accuracy"] for epoch in run["epochs"]] for run in runs])
     validation = np.array([[epoch["validation_accuracy"] for epoch in run["epochs"]] for run in runs])
