@@ -114,8 +114,9 @@ def measure_references(config, tokenizer, reviews: DatasetDict, data: DatasetDic
 
 
 def recommend(records: dict[str, dict], answers: dict[str, dict], references: list[dict]) -> str:
-    """Two sentences: the fastest of the methods that are not clearly below the most accurate one, or a reference that
-    is at least as good. Not clearly: the 95% interval of the difference includes 0, or within one sd.
+    """Two sentences: the fastest of the methods that are above every reference and not clearly below the most accurate
+    one; or the best reference, where none is. Not clearly: the 95% interval of the difference includes 0, or within
+    one sd.
 
     records: results.json by method; answers: as of common/study/predictions.py; references: best first.
     """
@@ -130,18 +131,24 @@ def recommend(records: dict[str, dict], answers: dict[str, dict], references: li
     ]
     best = max(records, key=lambda name: accuracy[name]["mean"])
     level = {name for name in records if compare(answers[best], answers[name])[1] <= 0}
-    take = min({*level, advice(rows, seconds)["method"]}, key=seconds.get)
+    level.add(advice(rows, seconds)["method"])
+    cheap = references[0] if references else {"name": "", "accuracy": 0}
+    above = {name for name in level if accuracy[name]["mean"] > cheap["accuracy"]}
+    take = min(above or level, key=seconds.get)
     figures = {name: f"{spread(accuracy[name])}% after {seconds[name]:.1f} s of training" for name in records}
     texts = f"the {records[take]['dataset']['test']:,} test texts"
-    cheap = references[0] if references else {"name": "", "accuracy": 0}
     share = f"{100 * cheap['accuracy']:.1f}%"
-    if cheap["accuracy"] >= accuracy[take]["mean"]:
+    if not above:
         known = f"{share} of {texts} right. Of the methods {take} would be the one to take; it gets {figures[take]}."
         if cheap["name"] == MAJORITY:
             return f"**Take none of these.** Always answering the most frequent class gets {known}"
         return f"**Take {cheap['name']}.** Without fine-tuning it gets {known}"
     if take == best:
-        why = "the most accurate of the methods" + ", and no faster one is level with it" * (len(records) > 1)
+        why = "the most accurate of the methods"
+        if any(seconds[name] < seconds[best] for name in level):
+            why += ", and no faster one that is level with it beats the reference"
+        elif len(records) > 1:
+            why += ", and no faster one is level with it"
     else:
         why = f"{best} gets {figures[best]}, which is not clearly more"
     other = f" The best cheap reference, {cheap['name']}, gets {share}, which is less." if references else ""
@@ -225,8 +232,8 @@ def write_report(
         logits[name] = np.stack([seed["test_logits"].astype(float) for seed in seeds])
     advised, ordered = recommend(records, answers, references), [*records.values()]
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in reviews.items())
-    text = f"# Which method?\n\n{advised}\n\n`{command_line('-m common.compare', argv)}`: {sizes} texts.\n\n"
-    text += "".join(f"- {name} did not finish: {plain(error)}\n" for name, error in errors.items())
+    text = f"# Which method?\n\n{advised}\n\n`{command_line('-m common.compare', argv)}`: {sizes} texts.\n"
+    text += "".join(f"\n- {name} did not finish: {plain(error)}\n" for name, error in errors.items())
     if records:
         draw_comparison(ordered, {row["name"]: row["accuracy"] for row in references}, place / "comparison.png")
         save(confusion_figure(ordered, classes), place / "confusion.png", ordered)

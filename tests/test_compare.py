@@ -237,6 +237,15 @@ def test_a_cheap_reference_that_is_as_good_is_recommended_instead():
     assert advise([(compare.MAJORITY, 0.95)], **methods).startswith("**Take none of these.** Always answering")
 
 
+def test_a_method_below_a_reference_is_not_recommended_where_another_is_above():
+    few = {"slow": made([0.9], 100, reviews=60), "fast": made([0.85], 10, reviews=60)}  # level: 54 and 51 of 60
+    assert advise([("TF-IDF", 0.8)], **few).startswith("**Take fast.**")
+    advised = advise([("TF-IDF", 0.86)], **few)
+    assert advised.startswith("**Take slow.** Of the 60 test texts it gets right 90.0% after 100.0 s of training:")
+    assert "and no faster one that is level with it beats the reference." in advised
+    assert advise([("TF-IDF", 0.9)], **few).startswith("**Take TF-IDF.**")
+
+
 def test_three_classes_in_table_and_picture(tmp_path):
     labels, classes = np.array([0, 0, 1, 2]), ["a|b", "$x$", "c" * 40]
     logits = np.eye(3)[np.array([[0, 1, 1, 1], [0, 0, 1, 1]])]
