@@ -15,10 +15,8 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 from datasets import DatasetDict
@@ -41,6 +39,8 @@ from common.study.scripts import METHODS, script
 from common.trainer import longest_first
 
 MAJORITY = "majority class"
+# What an epoch costs in passes through the backbone, as measured on a CPU; NEW_HEAD needs one for all epochs.
+PASSES = {"NEW_HEAD": 0, "LAST_LAYER": 1.2, "PEFT_LORA": 2.2, "PEFT_QLORA": 3}
 WRONG, SHOWN = 10, 300  # how many texts that are confidently wrong, and characters of each
 
 
@@ -72,19 +72,25 @@ def run_script(name: str, flags: list[str]) -> str | None:
 def run_scripts(configs: dict, flags: dict[str, list[str]], fingerprint: str) -> dict[str, str]:
     """Run what is not finished. configs, flags: by method. Returns the errors of those that failed, by method."""
     todo = [name for name, config in configs.items() if not is_finished(name, config, fingerprint)]
-    errors, seconds = {}, []
+    errors = {}
     if len(todo) < len(configs):
         print(f"Finished by an earlier run: {', '.join(name for name in configs if name not in todo)}", flush=True)
     for number, name in enumerate(todo):
-        left = mean(seconds or [0]) * len(todo[number:])
+        rest = todo[number:]
+        left = seconds_left(configs, rest, [done for done in configs if done not in {*rest, *errors}])
         about = f"{left / 60:.0f} minutes" if left >= 90 else f"{left:.0f} seconds"
         print(f"[{number + 1}/{len(todo)}] {name}" + f"; about {about} to go" * (left > 0), flush=True)
-        started = time.perf_counter()
         if error := run_script(name, flags[name]):
             errors[name] = error
-        else:
-            seconds.append(time.perf_counter() - started)
     return errors
+
+
+def seconds_left(configs: dict, rest: list[str], done: list[str]) -> float:
+    """How long `rest` will take, by the records of `done` and passes through the backbone; 0 where none is done."""
+    passes = {name: PASSES[name] * config.epochs or 1 for name, config in configs.items()}
+    runs = [run for name in done for run in read(Path(configs[name].output_dir) / "results.json")["runs"]]
+    seconds = sum(run["total_seconds"] for run in runs)
+    return seconds / sum(passes[name] for name in done) * sum(passes[name] for name in rest) if done else 0
 
 
 def measure_references(config, tokenizer, reviews: DatasetDict, data: DatasetDict) -> tuple[list[dict], dict]:
@@ -107,8 +113,9 @@ def measure_references(config, tokenizer, reviews: DatasetDict, data: DatasetDic
 
 
 def recommend(records: dict[str, dict], answers: dict[str, dict], references: list[dict]) -> str:
-    """Two sentences: the fastest of the methods that are not clearly below the most accurate one, or a reference that
-    is at least as good. Not clearly: the 95% interval of the difference includes 0, or within one sd.
+    """Two sentences: the fastest of the methods that are above every reference and not clearly below the most accurate
+    one; or the best reference, where none is. Not clearly: the 95% interval of the difference includes 0, or within
+    one sd.
 
     records: results.json by method; answers: as of common/study/predictions.py; references: best first.
     """
@@ -123,18 +130,24 @@ def recommend(records: dict[str, dict], answers: dict[str, dict], references: li
     ]
     best = max(records, key=lambda name: accuracy[name]["mean"])
     level = {name for name in records if compare(answers[best], answers[name])[1] <= 0}
-    take = min({*level, advice(rows, seconds)["method"]}, key=seconds.get)
+    level.add(advice(rows, seconds)["method"])
+    cheap = references[0] if references else {"name": "", "accuracy": 0}
+    above = {name for name in level if accuracy[name]["mean"] > cheap["accuracy"]}
+    take = min(above or level, key=seconds.get)
     figures = {name: f"{spread(accuracy[name])}% after {seconds[name]:.1f} s of training" for name in records}
     texts = f"the {records[take]['dataset']['test']:,} test texts"
-    cheap = references[0] if references else {"name": "", "accuracy": 0}
     share = f"{100 * cheap['accuracy']:.1f}%"
-    if cheap["accuracy"] >= accuracy[take]["mean"]:
+    if not above:
         known = f"{share} of {texts} right. Of the methods {take} would be the one to take; it gets {figures[take]}."
         if cheap["name"] == MAJORITY:
             return f"**Take none of these.** Always answering the most frequent class gets {known}"
         return f"**Take {cheap['name']}.** Without fine-tuning it gets {known}"
     if take == best:
-        why = "the most accurate of the methods" + ", and no faster one is level with it" * (len(records) > 1)
+        why = "the most accurate of the methods"
+        if any(seconds[name] < seconds[best] for name in level):
+            why += ", and no faster one that is level with it beats the reference"
+        elif len(records) > 1:
+            why += ", and no faster one is level with it"
     else:
         why = f"{best} gets {figures[best]}, which is not clearly more"
     other = f" The best cheap reference, {cheap['name']}, gets {share}, which is less." if references else ""
@@ -218,8 +231,8 @@ def write_report(
         logits[name] = np.stack([seed["test_logits"].astype(float) for seed in seeds])
     advised, ordered = recommend(records, answers, references), [*records.values()]
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in reviews.items())
-    text = f"# Which method?\n\n{advised}\n\n`{command_line('-m common.compare', argv)}`: {sizes} texts.\n\n"
-    text += "".join(f"- {name} did not finish: {plain(error)}\n" for name, error in errors.items())
+    text = f"# Which method?\n\n{advised}\n\n`{command_line('-m common.compare', argv)}`: {sizes} texts.\n"
+    text += "".join(f"\n- {name} did not finish: {plain(error)}\n" for name, error in errors.items())
     if records:
         draw_comparison(ordered, {row["name"]: row["accuracy"] for row in references}, place / "comparison.png")
         save(confusion_figure(ordered, classes), place / "confusion.png", ordered)
@@ -263,13 +276,14 @@ def main(argv: list[str] | None = None) -> str:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="Which to run. [all four]")
     parser.add_argument(
-        "--output_dir", "--output-dir", help="Folder for the report and the runs. [runs/compare/<name of the data>]"
+        "--output_dir", "--output-dir", help="For the report and the runs. [runs/compare/<name of the data>]"
     )
     args, flags = parser.parse_known_args(argv)
     for name in args.methods:  # a wrong flag is refused in the name of the script that does not know it
         known = HfArgumentParser(script(name).Config, prog=f"{name}/train.py", allow_abbrev=False)
         given = known.parse_args(flags)
     data_name = "demo" if given.demo else Path(public_name(given.dataset)).name.split(".")[0]
+    data_name += "_partial" * bool(given.max_train_samples or given.max_test_samples)  # as the scripts' own folders
     place = Path(args.output_dir or ROOT / "runs" / "compare" / data_name).expanduser().resolve()
     flags = {name: [*flags, "--output_dir", str(place / name)] for name in args.methods}
     configs = {name: parse_config(script(name).Config, script(name).FOLDER, own) for name, own in flags.items()}

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from common.cli import whole_file
+from common.data import IMDB_SHA256
 
 # Okabe and Ito's colours: people with any colour vision can tell them apart.
 BLUE, SKY, ORANGE, RED = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
@@ -19,12 +20,17 @@ GREY, PALE, FAINT = "#5F6368", "#A9AFB5", "#E4E6E8"
 DEMO = "Demo: generated reviews, tiny model; the figures mean nothing"
 
 
+def noun(record: dict) -> str:
+    """What the charts and tables of a record call its texts."""
+    return "reviews" if record["dataset"]["sha256"] == IMDB_SHA256 else "texts"
+
+
 def bar_figure(record: dict) -> Figure:
     """Test accuracy and F1 in percent, before and after fine-tuning, with whiskers of one sd."""
     runs = record["runs"]
     whiskers = ": bars are means, whiskers ± 1 sd" if len(runs) > 1 else ""
     warnings = "".join(f"\nWarning: seed {run['seed']} {run['warning']}" for run in runs if "warning" in run)
-    caption = f"{record['dataset']['test']:,} test reviews; {_seeds(runs)}{whiskers}{warnings}"
+    caption = f"{record['dataset']['test']:,} test {noun(record)}; {_seeds(runs)}{whiskers}{warnings}"
     figure, axes = _method_page(record, caption)
     before, after = ("untrained_test", "before fine-tuning", PALE), ("test", "after fine-tuning", BLUE)
     for offset, (key, label, colour) in ((-0.19, before), (0.19, after)):
@@ -41,9 +47,9 @@ def bar_figure(record: dict) -> Figure:
 
 def line_figure(record: dict) -> Figure:
     """Accuracy in percent across epochs, on validation and on training reviews, with the chosen epochs marked."""
-    runs = record["runs"]
-    caption = f"epoch (0: before fine-tuning)\n{record['dataset']['validation']:,} validation reviews; "
-    figure, axes = _method_page(record, caption + "training: a fixed sample of reviews, in evaluation mode")
+    runs, kind = record["runs"], noun(record)
+    caption = f"epoch (0: before fine-tuning)\n{record['dataset']['validation']:,} validation {kind}; "
+    figure, axes = _method_page(record, caption + f"training: a fixed sample of {kind}, in evaluation mode")
     epochs = [epoch["epoch"] for epoch in runs[0]["epochs"]]
     training = np.array([[epoch["train_accuracy"] for epoch in run["epochs"]] for run in runs])
     validation = np.array([[epoch["validation_accuracy"] for epoch in run["epochs"]] for run in runs])

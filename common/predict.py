@@ -6,7 +6,7 @@
     python -m common.predict FOLDER --merge DEST
 
 FOLDER is <METHOD>/runs/<data>/seed_0/model. Texts are cleaned and truncated as in training. Files are read, labelled
-and written in parts, so their size does not matter. A label's probability is a column of --output.
+and written in parts, so their size does not matter. A label's probability, to six decimals, is a column of --output.
 """
 
 import argparse
@@ -116,14 +116,15 @@ def read_rows(path: Path) -> Iterator[dict]:
                 yield from (json.loads(line) for line in file if line.strip())
             else:
                 csv.field_size_limit(2**31 - 1)  # characters; by default a text has at most 131,072
-                yield from csv.DictReader(file, delimiter=_delimiter(path), strict=True)
+                yield from csv.DictReader(file, delimiter=_delimiter(path, path), strict=True)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"--file {path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def write_rows(chunks: Iterable[list[dict]], columns: list[str], path: Path, source: Path | None) -> None:
     """Write to `path`, in the format of its suffix, whole or not at all. source: the file that the rows are from; a
-    Parquet file's types are kept. Raises UserError where a column has values of different types."""
+    CSV file's separator and a Parquet file's types are kept. Raises UserError where a column has values of different
+    types."""
     with whole_file(path) as temporary:
         if path.suffix.lower() == ".parquet":
             import pyarrow as pa
@@ -146,14 +147,19 @@ def write_rows(chunks: Iterable[list[dict]], columns: list[str], path: Path, sou
                 for chunk in chunks:
                     file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in chunk)
             else:
-                table = csv.DictWriter(file, columns, delimiter=_delimiter(path), lineterminator="\n")
+                table = csv.DictWriter(file, columns, delimiter=_delimiter(path, source), lineterminator="\n")
                 table.writeheader()
                 for chunk in chunks:
                     table.writerows(chunk)
 
 
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
+def _delimiter(path: Path, source: Path | None) -> str:
+    """Of `source` if that is such a file too, by its header, else the usual one."""
+    usual = "\t,;" if path.suffix.lower() == ".tsv" else ",;\t"
+    if not source or source.suffix.lower() != path.suffix.lower():
+        return usual[0]
+    with source.open(encoding="utf-8-sig") as file:
+        return max(usual, key=file.readline().count)
 
 
 def checked(rows: Iterable[dict], column: str, source: str) -> Iterator[dict]:
@@ -184,15 +190,15 @@ def predict(
             yield chunk, probabilities(model, tokenizer, texts, args.batch_size, bar)
 
 
-def merge(args, read: Callable[[], Iterable[dict]]) -> None:
+def merge(args, read: Callable[[], Iterable[dict]], count: int) -> None:
     """Write an adapter and its backbone as one checkpoint to `args.merge`, and print how its answers to the rows that
-    `read` gives differ from those of the adapter as it was trained."""
+    `read` gives differ from those of the adapter as it was trained. count: of these rows."""
     model, tokenizer = load(args.folder, args.backbone, plain=True)  # merged into 4 bits, the update would be rounded
     model.merge_and_unload().save_pretrained(args.merge)
     tokenizer.save_pretrained(args.merge)
     del model  # before two others are loaded
     apart, whole = (
-        np.concatenate([found for _, found in predict(args, *place, read())])
+        np.concatenate([found for _, found in predict(args, *place, read(), count)])
         for place in ((args.folder, args.backbone), (args.merge, None))
     )
     changed, most = (apart.argmax(1) != whole.argmax(1)).sum(), np.abs(apart - whole).max()
@@ -257,20 +263,21 @@ def main(argv: list[str] | None = None) -> None:
         for row in checked(read(), args.text_column, place):
             columns, count = columns | row, count + 1
     if args.merge:
-        return merge(args, read)
+        return merge(args, read, count)
     names = [*AutoConfig.from_pretrained(args.folder).id2label.values()]
     new = ["predicted_label" if "label" in columns else "label", *(f"probability_{name}" for name in names)]
     if args.output and (taken := [name for name in new if name in columns]):
         raise UserError(f"--file {args.file}: already has what would be new: {', '.join(taken)}")
     rows = checked(read(), args.text_column, place)
     parts = predict(args, args.folder, args.backbone, rows, count if args.file else None)
-    labelled = ([(row, names[one.argmax()], one.tolist()) for row, one in zip(*part, strict=True)] for part in parts)
+    labelled = (
+        [(row, names[one.argmax()], *one.astype(float).round(6).tolist()) for row, one in zip(*part, strict=True)]
+        for part in parts
+    )
     if args.output:
-        chunks = (
-            [row | dict(zip(new, (label, *shares), strict=True)) for row, label, shares in part] for part in labelled
-        )
+        chunks = ([row | dict(zip(new, answer, strict=True)) for row, *answer in part] for part in labelled)
         return write_rows(chunks, [*columns, *new], args.output, args.file)
-    for row, label, shares in chain.from_iterable(labelled):
+    for row, label, *shares in chain.from_iterable(labelled):
         text, shares = row[args.text_column], dict(zip(names, shares, strict=True))
         if args.json:
             print(json.dumps({"text": text, "label": label, "probabilities": shares}, ensure_ascii=False))

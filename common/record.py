@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -218,7 +219,7 @@ def make_record(method: str, argv, config, data: DatasetDict, fingerprint: str, 
 
 def command_line(script: str, argv: list[str] | None) -> str:
     """The command as others may read it. argv: its flags; None for those of this process."""
-    return " ".join(["python", script, *map(public_name, sys.argv[1:] if argv is None else argv)])
+    return shlex.join(["python", *script.split(), *map(public_name, sys.argv[1:] if argv is None else argv)])
 
 
 def environment() -> dict:

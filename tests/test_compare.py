@@ -5,13 +5,14 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from common import compare
-from common.cli import UserError
+from common.cli import UserError, write_json
 from common.demo import write_corpus
 
 FLAGS = ["--demo", "--methods", "NEW_HEAD", "PEFT_LORA", "--epochs", "2", "--max_train_samples", "300"]
@@ -105,6 +106,13 @@ def test_a_wrong_flag_starts_nothing(flags, reason, calls, tmp_path, capsys):
     assert calls == [] and not (tmp_path / "results").exists()
 
 
+def test_a_part_of_the_texts_does_not_replace_what_all_of_them_gave(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        compare.main(["--demo", "--methods", "NEW_HEAD", "--max_train_samples", "200"])
+    assert [path.name for path in (tmp_path / "runs" / "compare").iterdir()] == ["demo_partial"]
+
+
 def test_data_that_cannot_be_read_start_nothing(calls, tmp_path, demo):
     flags = ["--model", str(demo[0]), "--max_length", "64", "--output_dir", str(tmp_path / "results")]
     for wrong, reason in ((["--dataset", "./none"], "no such folder"), (["--batch_size", "-1"], "greater than 0")):
@@ -152,18 +160,30 @@ def test_ctrl_c_ends_the_script_too_and_is_told_once(tmp_path, monkeypatch, capf
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_the_rest_takes_as_long_as_the_finished_ones_on_average(monkeypatch, capsys):
-    clock = iter([0, 100, 100, 101, 200, 500])
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(compare, "is_finished", lambda name, *_: name == "A")
-    monkeypatch.setattr(compare, "run_script", lambda name, flags: "error" if name == "C" else None)
-    configs = dict.fromkeys("ABCD")
-    assert compare.run_scripts(configs, configs, "") == {"C": "error"}
+def test_the_rest_takes_as_long_as_its_passes_through_the_backbone(tmp_path, monkeypatch, capsys):
+    configs = {name: SimpleNamespace(epochs=10, output_dir=tmp_path / name) for name in compare.METHODS}
+
+    def run_script(name, flags):
+        if name == "PEFT_LORA":
+            return "error"
+        (tmp_path / name).mkdir()
+        seconds = 30 if name == "NEW_HEAD" else 100
+        write_json({"runs": [{"total_seconds": seconds}] * 2}, tmp_path / name / "results.json")
+
+    monkeypatch.setattr(compare, "PASSES", {"NEW_HEAD": 0, "LAST_LAYER": 1, "PEFT_LORA": 2, "PEFT_QLORA": 2})
+    monkeypatch.setattr(compare, "run_script", run_script)
+    monkeypatch.setattr(compare, "is_finished", lambda name, *_: (tmp_path / name).exists())
+    assert compare.run_scripts(configs, configs, "") == {"PEFT_LORA": "error"}
     assert capsys.readouterr().out.splitlines() == [
-        "Finished by an earlier run: A",
-        "[1/3] B",
-        "[2/3] C; about 3 minutes to go",
-        "[3/3] D; about 2 minutes to go",
+        "[1/4] NEW_HEAD",
+        "[2/4] LAST_LAYER; about 50 minutes to go",  # 50 passes at 60 seconds
+        "[3/4] PEFT_LORA; about 16 minutes to go",  # 40 passes at 260 / 11
+        "[4/4] PEFT_QLORA; about 8 minutes to go",
+    ]
+    assert compare.run_scripts(configs, configs, "") == {"PEFT_LORA": "error"}
+    assert capsys.readouterr().out.splitlines() == [
+        "Finished by an earlier run: NEW_HEAD, LAST_LAYER, PEFT_QLORA",
+        "[1/1] PEFT_LORA; about 5 minutes to go",  # 20 passes at 460 / 31
     ]
 
 
@@ -214,6 +234,15 @@ def test_a_cheap_reference_that_is_as_good_is_recommended_instead():
     instead = advise([("TF-IDF", 0.95)], **methods)
     assert "Of the methods slow would be the one to take; it gets 90.0 ± 0.0% after 100.0 s of training." in instead
     assert advise([(compare.MAJORITY, 0.95)], **methods).startswith("**Take none of these.** Always answering")
+
+
+def test_a_method_below_a_reference_is_not_recommended_where_another_is_above():
+    few = {"slow": made([0.9], 100, reviews=60), "fast": made([0.85], 10, reviews=60)}  # level: 54 and 51 of 60
+    assert advise([("TF-IDF", 0.8)], **few).startswith("**Take fast.**")
+    advised = advise([("TF-IDF", 0.86)], **few)
+    assert advised.startswith("**Take slow.** Of the 60 test texts it gets right 90.0% after 100.0 s of training:")
+    assert "and no faster one that is level with it beats the reference." in advised
+    assert advise([("TF-IDF", 0.9)], **few).startswith("**Take TF-IDF.**")
 
 
 def test_three_classes_in_table_and_picture(tmp_path):

@@ -7,6 +7,7 @@ from statistics import mean, stdev
 import pytest
 from matplotlib.image import imread
 
+from common.data import IMDB_SHA256
 from common.plotting import DEMO
 from common.study.comparison import comparison_figure, draw_comparison
 
@@ -33,7 +34,7 @@ def records():
         "method": "SOME_METHOD",
         "config": {"demo": False},
         "model": {"name": "organisation/small-backbone", "trainable_parameters": 148_610},
-        "dataset": {"name": "organisation/films", "train": 22_500, "test": 25_000},
+        "dataset": {"name": "organisation/films", "sha256": IMDB_SHA256, "train": 22_500, "test": 25_000},
         "environment": {"gpu": "Fast GPU"},
         "runs": [make_run(seed) for seed in range(3)],
     }

@@ -42,11 +42,11 @@ def test_every_weight_trains_and_nothing_is_left_beside_the_script(tmp_path, mon
     "flags", [[], ["--max_test_samples", "9"], ["--max_train_samples", "9"], ["--output_dir", "x"]]
 )
 def test_only_a_full_run_writes_the_published_record(flags, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where "x" is made
     monkeypatch.setattr(record, "weights_sha256", lambda config: PUBLISHED[0])
-    config = parse_config(full_fine_tuning.Config, full_fine_tuning.FOLDER, flags)
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(full_fine_tuning.Config, tmp_path, flags)
     place = ROOT / "common" / "study" / "full_fine_tuning.json"
-    path = partial(record_path, "full_fine_tuning", config, folder=full_fine_tuning.FOLDER)
+    path = partial(record_path, "full_fine_tuning", config, folder=tmp_path)
     assert (path(fingerprint=PUBLISHED[1]) == place) == (not flags)
     assert path(fingerprint="0" * 64) != place, "other reviews"
     monkeypatch.setattr(record, "weights_sha256", lambda config: None)

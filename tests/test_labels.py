@@ -9,7 +9,7 @@ from conftest import read_reviews
 from PIL import Image
 
 from common.data import load_reviews
-from common.study import labels, report
+from common.study import labels, report, scripts
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def study(tmp_path_factory):
         patch.setattr(labels, "HERE", folder)
         patch.setattr(labels, "ProcessPoolExecutor", ThreadPoolExecutor)  # a process needs seconds to start
         record = labels.main(["--demo", "--sizes", "60", "--methods", "NEW_HEAD", labels.BAG])
-    return folder / "runs", record
+    return folder / "runs" / "demo", record
 
 
 def test_the_demo_measures_every_draw_by_the_scripts_themselves(study):
@@ -41,7 +41,7 @@ def test_no_row_is_measured_twice(flags, name, tmp_path, monkeypatch):
     rows = [
         {"method": "NEW_HEAD", "labels": 32, "seed": seed, "test_accuracy": 0.5, "train_seconds": 1} for seed in (0, 1)
     ]
-    monkeypatch.setattr(labels, "HERE", tmp_path)
+    monkeypatch.setattr(labels, "record_path", lambda name, config: tmp_path / f"{name}.json")
     (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows, "flags": []}))
     assert labels.main([*flags, "--methods", "NEW_HEAD", "--sizes", "32", "--draws", "2"])["rows"] == rows
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json", f"{name}.png"}
@@ -50,11 +50,28 @@ def test_no_row_is_measured_twice(flags, name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("flags", "name"), [([], "flags"), (["--tune"], "settings")])
 def test_rows_of_other_runs_are_not_taken_for_these(flags, name, tmp_path, monkeypatch, capsys):
     before = {"rows": [], "flags": ["--lora_r", "4"] if name == "flags" else []}
-    monkeypatch.setattr(labels, "HERE", tmp_path)
+    monkeypatch.setattr(labels, "record_path", lambda name, config: tmp_path / f"{name}.json")
     (tmp_path / f"labels{'_tuning' * bool(flags)}.json").write_text(json.dumps(before))
     with pytest.raises(SystemExit):
         labels.main(flags)
     assert f"was made with other {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_only_the_published_reviews_and_backbone_write_the_published_record(
+    published, demo, tmp_path, monkeypatch, capsys
+):
+    model, reviews = demo
+    monkeypatch.setattr(scripts, "is_published", lambda config, fingerprint, folder: published)
+    for module in (labels, scripts):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(labels, "measure", lambda job: {**job, "test_accuracy": 0.5, "train_seconds": 1.0})
+    monkeypatch.setattr(labels, "ProcessPoolExecutor", ThreadPoolExecutor)
+    flags = ["--methods", "NEW_HEAD", "--sizes", "32", "--", "--dataset", str(reviews), "--model", str(model)]
+    labels.main(flags)
+    place = tmp_path if published else tmp_path / "runs" / reviews.name
+    assert [*tmp_path.rglob("labels.*")] == [place / "labels.json", place / "labels.png"]
+    assert capsys.readouterr().out.endswith(f"Record:   {place / 'labels.json'}\n")
 
 
 @pytest.mark.parametrize(("flags", "draws", "seed"), [([], {32: 5, 1000: 5, 3200: 3}, 0), (["--tune"], {100: 3}, 100)])

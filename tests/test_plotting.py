@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from common.cli import whole_file
+from common.data import IMDB_SHA256
 from common.plotting import BLUE, DEMO, bar_figure, limits, line_figure, save
 
 
@@ -39,7 +40,13 @@ def record():
             "total_parameters": 22_713_986,
             "trainable_percent": 100 * 148_610 / 22_713_986,
         },
-        "dataset": {"name": "organisation/films", "train": 22_500, "validation": 2_500, "test": 25_000},
+        "dataset": {
+            "name": "organisation/films",
+            "sha256": IMDB_SHA256,
+            "train": 22_500,
+            "validation": 2_500,
+            "test": 25_000,
+        },
         "runs": [make_run(seed) for seed in range(3)],
     }
 
@@ -98,6 +105,10 @@ def test_charts_name_method_backbone_data_parameters_seeds_and_what_is_drawn(rec
     assert bars[1] == curves[1] == "Trains 148,610 of 22,713,986 parameters (0.654%) · seeds 0, 1, 2"
     assert bars[2] == caption
     assert "epoch (0: before fine-tuning)" in curves[2] and "2,500 validation reviews" in curves[2]
+    record["dataset"]["sha256"] = "0" * 64  # reviews are those of IMDb
+    bars, curves = texts(bar_figure(record)), texts(line_figure(record))
+    assert bars[2] == caption.replace("reviews", "texts")
+    assert "2,500 validation texts; training: a fixed sample of texts" in " ".join(curves[2].split())
 
 
 def test_one_seed_has_no_deviation(record):

@@ -133,6 +133,17 @@ def test_another_column_and_values_of_other_types(models, label, tmp_path):
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[1])["stars"] is None
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_the_separator_of_a_csv_file_is_found_and_kept(separator, models, label, tmp_path):
+    file, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    file.write_text(f"\ufeffnr{separator}text\n1{separator}A slow start, but what an ending.\n", encoding="utf-8")
+    label(models["LAST_LAYER"], "--file", file, "--output", output)
+    header, row = output.read_text().splitlines()
+    assert header.split(separator)[:3] == ["nr", "text", "label"]
+    assert row.split(separator)[:2] == ["1", "A slow start, but what an ending."]
+    assert all(len(share) <= len("0.123456") for share in row.split(separator)[3:])
+
+
 def test_a_failure_leaves_the_old_file(models, tmp_path, monkeypatch):
     file, output = write(tmp_path / "in.csv", ROWS), tmp_path / "out.csv"
     output.write_text("old")

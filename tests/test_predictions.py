@@ -67,8 +67,11 @@ def test_a_difference_has_an_interval_around_it():
     assert low < 0 < high, "the seeds differ more than the methods"
 
 
-def test_the_record_is_made_from_what_a_run_leaves(tmp_path, monkeypatch):
-    monkeypatch.setattr(predictions, "HERE", tmp_path)
+def test_the_record_is_made_from_what_a_run_leaves(tmp_path, monkeypatch, capsys):
+    for place in ("study", "NEW_HEAD"):
+        (tmp_path / place).mkdir()
+    monkeypatch.setattr(predictions, "HERE", tmp_path / "study")
+    monkeypatch.setattr(predictions.script("NEW_HEAD"), "FOLDER", tmp_path / "NEW_HEAD")
     with pytest.raises(SystemExit):
         predictions.main(["NEW_HEAD", "--runs", str(tmp_path)])
     (tmp_path / "seed_4").mkdir()
@@ -81,8 +84,14 @@ def test_the_record_is_made_from_what_a_run_leaves(tmp_path, monkeypatch):
         validation_logits=logits,
         validation_labels=labels,
     )
-    record = predictions.main(["NEW_HEAD", "--runs", str(tmp_path)])
-    assert json.loads((tmp_path / "NEW_HEAD_predictions.json").read_text()) == record
+    for published, place in (([{"seed": 5}], tmp_path), ([{"seed": 4}], tmp_path / "study")):
+        (tmp_path / "NEW_HEAD" / "results.json").write_text(json.dumps({"runs": published}))
+        record = predictions.main(["NEW_HEAD", "--runs", str(tmp_path)])
+        path = place / "NEW_HEAD_predictions.json"
+        assert json.loads(path.read_text()) == record
+        assert capsys.readouterr().out.endswith(f"Record:   {path}\n")
+        path.unlink()
+        assert not [*tmp_path.rglob("NEW_HEAD_predictions.json")], "of another run than the published one"
     assert record["runs"][0]["seed"] == 4 and right_answers(record).tolist() == [[1, 1, 0]]
 
 

@@ -116,7 +116,7 @@ def test_the_readme_shows_the_configuration_that_was_measured():
     assert f"```yaml\n{processes.FSDP}```" in (ROOT / "README.md").read_text()
 
 
-def test_the_study_of_processes_writes_a_row_after_every_run(tmp_path, monkeypatch, capsys):
+def test_the_study_of_processes_writes_a_row_after_every_run(demo, tmp_path, monkeypatch, capsys):
     def launch(launcher, count, script, flags, folder):
         place = Path(flags[flags.index("--output_dir") + 1]) / "seed_0"
         place.mkdir(parents=True)
@@ -126,13 +126,18 @@ def test_the_study_of_processes_writes_a_row_after_every_run(tmp_path, monkeypat
 
     monkeypatch.setattr(processes, "HERE", tmp_path)
     monkeypatch.setattr(processes, "launch", launch)
+    monkeypatch.setattr(processes, "random_backbone", lambda name, folder: folder / name)
     record = processes.main(["--demo"])
-    assert json.loads((tmp_path / "runs" / "processes.json").read_text()) == record
+    assert json.loads((tmp_path / "runs" / "demo" / "processes.json").read_text()) == record
     assert [(row["processes"], row["reviews_per_second"]) for row in record["rows"]] == [(1, 90.0), (2, 90.0)]
     (tmp_path / "common" / "study").mkdir(parents=True)
     assert report.processes(tmp_path, []) == report.UNMEASURED
     write_json(record, tmp_path / "common" / "study" / "processes.json")
     assert "| tiny-llama | PEFT_LORA | torchrun, 2 | 90 | 2.00 |" in report.processes(tmp_path, [])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    processes.main(["--", "--dataset", str(demo[1]), "--model", str(demo[0])])
+    assert (tmp_path / "runs" / demo[1].name / "processes.json").exists()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit):
         processes.main([])
     assert "needs two GPUs" in capsys.readouterr().err

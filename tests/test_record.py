@@ -74,6 +74,10 @@ def test_names_and_commands_tell_nothing_of_this_machine(tmp_path, monkeypatch):
     assert public_name("organisation/model") == "organisation/model" and public_name("--demo") == "--demo"
     flags = ["--output_dir", str(tmp_path), "--epochs", "3"]
     assert command_line("M/train.py", flags) == f"python M/train.py --output_dir {tmp_path.name} --epochs 3"
+    assert command_line("M/train.py", ["--dataset", "IMDB Dataset.csv"]) == (
+        "python M/train.py --dataset 'IMDB Dataset.csv'"  # as a shell takes it
+    )
+    assert command_line("M/train.py", []) == "python M/train.py"
 
 
 # One seed's record

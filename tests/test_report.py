@@ -8,6 +8,7 @@ from conftest import METHODS, ROOT, digest
 from PIL import Image
 
 from common.cli import UserError
+from common.data import IMDB_SHA256
 from common.study import report
 from common.study.tricks import ALL, FLASH
 
@@ -64,7 +65,7 @@ def record(method: str, accuracies: list[float]) -> dict:
             "total_parameters": 10**7,
             "trainable_percent": 2.96066,
         },
-        "dataset": {"name": "d", "train": 900, "validation": 100, "test": 1000},
+        "dataset": {"name": "d", "sha256": IMDB_SHA256, "train": 900, "validation": 100, "test": 1000},
         "environment": {
             "gpu": "G1",
             "cpu": "c",

@@ -31,7 +31,7 @@ def test_dropout_in_the_frozen_blocks_is_active_in_training(name, variant, activ
     assert seen == active
 
 
-def test_the_record_holds_every_combination(tmp_path, monkeypatch):
+def test_the_record_holds_every_combination(tmp_path, monkeypatch, capsys):
     class Method:
         commands, reviews = (), PUBLISHED[1]
 
@@ -65,5 +65,6 @@ def test_the_record_holds_every_combination(tmp_path, monkeypatch):
     assert [*tmp_path.rglob("*_sweep_epochs.json")] == [
         tmp_path / "runs/PEFT_LORA/sweep_epochs/PEFT_LORA_sweep_epochs.json"
     ]
+    assert capsys.readouterr().out.endswith("runs/PEFT_LORA/sweep_epochs/PEFT_LORA_sweep_epochs.json\n")
     assert first[:-1] == "--seeds 0 1 --learning_rate 1e-3 --target_modules a b --output_dir".split()
     assert record["command"].startswith("python -m common.study.sweep PEFT_LORA --learning_rate=1e-3,2e-3")

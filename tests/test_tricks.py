@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from common import speed, trainer
+from common.study import scripts, tricks
 from common.study.scripts import prepare, some_reviews
 from common.study.tricks import (
     ALL,
@@ -64,6 +65,22 @@ def test_one_trick_is_left_out(trick, demo, reviews, monkeypatch, tmp_path):
     assert after == before
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert job["config"] == dataclasses.replace(job["config"], output_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(("published", "flags"), [(True, []), (True, ["--rounds", "1"]), (False, [])])
+def test_only_the_published_settings_on_the_published_reviews_write_the_published_record(
+    published, flags, demo, reviews, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(scripts, "is_published", lambda config, fingerprint, folder: published)
+    for module in (scripts, tricks):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(tricks, "some_reviews", lambda dataset, size: reviews)
+    values = {"reviews_per_second": [1.0], "peak_memory_bytes": [1]}
+    monkeypatch.setattr(tricks, "compare", lambda name, *given: dict.fromkeys((ALL, *TRICKS[name]), values))
+    tricks.main(["--model", str(demo[0]), "--dataset", str(demo[1]), *flags])
+    place = tmp_path if published and not flags else tmp_path / "runs" / demo[1].name
+    assert [*tmp_path.rglob("tricks.json")] == [place / "tricks.json"]
+    assert capsys.readouterr().out.endswith(f"Record:   {place / 'tricks.json'}\n")
 
 
 def test_what_a_trick_is_worth_is_taken_within_a_round():

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from common.plotting import BLUE, GREY, ORANGE, PALE, RED, SKY, limits, page, save, style
+from common.plotting import BLUE, GREY, ORANGE, PALE, RED, SKY, limits, noun, page, save, style
 from common.record import spread, summarize
 
 MEMORY = {"weights": BLUE, "gradients": ORANGE, "optimizer": RED, "rest": SKY}
@@ -72,7 +72,7 @@ def comparison_figure(records: list[dict], references: dict[str, float]) -> Figu
     memory.set_xmargin(0.25)
     minutes.set_xmargin(0.8)
     seeds, device = len(first["runs"]), first["environment"]["gpu"] or "a CPU"
-    sizes = f"{first['dataset']['train']:,} training and {first['dataset']['test']:,} test reviews"
+    sizes = f"{first['dataset']['train']:,} training and {first['dataset']['test']:,} test {noun(first)}"
     caption = f"Means and sd over {seeds} seed{'s' * (seeds > 1)}, on {device}; {sizes}"
     for axes, side, columns, title in ((accuracy, "left", 3, caption), (memory, "right", 2, "Peak memory")):
         handles, labels = axes.get_legend_handles_labels()

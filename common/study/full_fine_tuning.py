@@ -4,7 +4,8 @@
     python -m common.study.full_fine_tuning --dataset ~/imdb --seeds 0
 
 It is the flow of the four scripts with another `build_model`, and takes their flags. A full run writes
-common/study/full_fine_tuning.json; one with --demo, --max_*_samples or --output_dir writes to its --output_dir.
+common/study/full_fine_tuning.json; one with other reviews, another backbone, --demo or --max_*_samples writes to its
+--output_dir.
 """
 
 from dataclasses import dataclass

@@ -10,11 +10,12 @@ Every draw is another random, stratified subset of the training reviews and anot
 fine-tuning run by the scripts' own `main` with `--max_train_samples` and nothing else. The two references choose their
 regularisation by cross-validation within the draw. All are tested on the whole test set. Flags after `--` go to the
 scripts. Writes common/study/labels.json, row by row, and the chart labels.png; rows that are there already stay, so
-that an interrupted study goes on. `--record` gives draws with other flags a record of their own. `--jobs`: draws at a
-time, spread over the GPUs; each then takes longer.
+that an interrupted study goes on. `--record` gives draws with other flags a record of their own. With other reviews,
+another backbone or --demo the records go to common/study/runs/<name of the data>. `--jobs`: draws at a time, spread
+over the GPUs; each then takes longer.
 
 `--tune` compares `SETTINGS` on other draws, whose seeds start at 100, tested on 2,000 training reviews outside
-the draw; the test set plays no part. Writes common/study/labels_tuning.json. With `--demo` both records go to runs/.
+the draw; the test set plays no part. Writes common/study/labels_tuning.json.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from common.model import load_tokenizer
 from common.plotting import BLUE, GREY, ORANGE, PALE, RED, SKY, page, save, style
 from common.record import command_line, environment
 from common.study import full_fine_tuning, references
-from common.study.scripts import HERE, METHODS, script
+from common.study.scripts import HERE, METHODS, record_path, script
 
 FULL, BAG, PROBE = full_fine_tuning.FOLDER.name, "TF-IDF + logistic regression", "linear probe on the mean"
 EVERYTHING = 25_000  # stands for all training reviews
@@ -301,7 +302,8 @@ def main(argv: list[str] | None = None) -> dict:
         args.draws = args.draws or DEMO["draws"]
     args.sizes = args.sizes or (TUNED_SIZES if args.tune else SIZES)
     name = args.record or ("labels_tuning" if args.tune else "labels")
-    path = HERE / ("runs" if args.demo else "") / f"{name}.json"
+    first = method(args.methods[0]) if args.methods[0] in (*METHODS, FULL) else references
+    path = record_path(name, parse_config(first.Config, HERE, args.flags))
     same = {"flags": [public_name(flag) for flag in args.flags]} | ({"settings": SETTINGS} if args.tune else {})
     before = json.loads(path.read_text()) if path.exists() and not args.demo else {"rows": []} | same
     rows = before["rows"]
@@ -316,7 +318,6 @@ def main(argv: list[str] | None = None) -> dict:
         "environment": environment(),
         "rows": rows,
     }
-    path.parent.mkdir(exist_ok=True)
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     gpus = gpus[: args.jobs]
     jobs = [job for job in wanted(args) if key(job) not in done]
@@ -346,6 +347,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise failures[0]
     if not args.tune:
         save(labels_figure(rows, args.jobs, args.demo), path.with_suffix(".png"), rows)
+    print(f"Record:   {path}")
     return record
 
 

@@ -401,6 +401,7 @@ def main(argv: list[str] | None = None) -> dict:
         (path if args.demo else ROOT / "PEFT_QLORA" / path.name).with_suffix(".png"),
         rows,
     )
+    print(f"Record:   {path}")
     return record
 
 

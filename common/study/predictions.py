@@ -3,7 +3,8 @@
     python -m common.study.predictions NEW_HEAD
     python -m common.study.predictions PEFT_LORA --runs PEFT_LORA/runs
 
-Reads what a run left in runs/seed_*/logits.npz and writes common/study/<METHOD>_predictions.json. For each seed: which
+Reads what a run left in runs/seed_*/logits.npz and writes common/study/<METHOD>_predictions.json; of a run that is
+not the published one, a file of this name beside the seeds. For each seed: which
 test reviews it gets right, as bits (longest review first), and the log loss and expected calibration error of its
 probabilities, before and after dividing its logits by one temperature, which is fitted on validation (Guo et al.,
 2017). `compare` sets two such records side by side.
@@ -94,14 +95,16 @@ def main(argv: list[str] | None = None) -> dict:
     files = sorted(folder.glob("seed_*/logits.npz"))
     if not files:
         parser.error(f"--runs {folder}: has no seed_*/logits.npz; a full run of {args.method}/train.py leaves them")
-    runs = []
-    for file in files:
-        seed = json.loads((file.parent / "run.json").read_text())["seed"]
-        runs.append({"seed": seed, **describe(np.load(file))})
+    found = [json.loads((file.parent / "run.json").read_text()) for file in files]
+    runs = [{"seed": one["seed"], **describe(np.load(file))} for one, file in zip(found, files, strict=True)]
     record = {"method": method.FOLDER.name, "runs": runs}
-    write_json(record, HERE / f"{args.method}_predictions.json")
+    known = HERE / "full_fine_tuning.json" if method is full_fine_tuning else method.FOLDER / "results.json"
+    place = HERE if known.exists() and json.loads(known.read_text())["runs"] == found else folder
+    path = place / f"{args.method}_predictions.json"
+    write_json(record, path)
     for entry in runs:
         print({name: value for name, value in entry.items() if name != "right"})
+    print(f"Record:   {path}")
     return record
 
 

@@ -7,8 +7,9 @@
 By torchrun each process has the whole model, and half of every batch. By `accelerate launch` with FSDP (`FSDP`, the
 content of its configuration file) each holds half of the frozen weights too. The default backbone is as it is; the
 others have random weights, in shapes of common/study/memory_by_size.py, and the demo's tokenizer. Two epochs, of which
-the second is timed. Flags after `--` go to the scripts. Writes common/study/processes.json. With `--demo` a tiny
-backbone and generated reviews; the record goes to runs/.
+the second is timed. Flags after `--` go to the scripts. Writes common/study/processes.json; with other reviews or
+another backbone as the default one, it goes to common/study/runs/<name of the data>. So it does with `--demo`, which
+takes a tiny backbone and generated reviews.
 """
 
 import argparse
@@ -22,11 +23,11 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer
 
-from common.cli import UserError, public_name, run, write_json
+from common.cli import UserError, parse_config, public_name, run, write_json
 from common.demo import build_demo
 from common.record import ROOT, command_line, environment
 from common.study.memory_by_size import RandomWeights, shape
-from common.study.scripts import HERE
+from common.study.scripts import HERE, record_path, script
 
 FSDP = """\
 compute_environment: LOCAL_MACHINE
@@ -69,14 +70,14 @@ def random_backbone(name: str, folder: Path) -> Path:
     return place
 
 
-def launch(launcher: str, processes: int, script: Path, flags: list[str], folder: Path) -> None:
+def launch(launcher: str, processes: int, file: Path, flags: list[str], folder: Path) -> None:
     """Run a script in so many processes. Raises UserError with the end of what it said if it fails."""
     if launcher == "FSDP":
         (folder / "fsdp.yaml").write_text(FSDP)
         start = ["accelerate.commands.launch", "--config_file", str(folder / "fsdp.yaml")]
     else:
         start = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, "-m", *start, str(script), *flags]
+    command = [sys.executable, "-m", *start, str(file), *flags]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise UserError(f"{' '.join(map(public_name, command))}\n{result.stderr[-4000:]}")
@@ -90,8 +91,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if not args.demo and torch.cuda.device_count() < 2:
         parser.error("needs two GPUs; --demo does without")
-    path = HERE / ("runs" if args.demo else "") / "processes.json"
-    path.parent.mkdir(exist_ok=True)
+    flags = [*args.flags, *["--demo"] * args.demo]
+    path = record_path("processes", parse_config(script("PEFT_LORA").Config, HERE, flags))
     record = {"command": command_line("-m common.study.processes", argv), "environment": environment(), "rows": []}
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -117,6 +118,7 @@ def main(argv: list[str] | None = None) -> dict:
             record["rows"].append(row)
             write_json(record, path)
             print(row, flush=True)
+    print(f"Record:   {path}")
     return record
 
 

@@ -5,7 +5,8 @@
 
 It takes the flags of the scripts and the same split. The strength of regularisation is chosen on validation. The test
 texts that are in the training reviews too are counted as well. A full run writes common/study/references.json; one
-with --demo, --max_*_samples or --output_dir writes to its --output_dir. The probes take half an hour without a GPU.
+with other reviews, another backbone, --demo or --max_*_samples writes to its --output_dir. The probes take half an
+hour without a GPU.
 """
 
 from dataclasses import dataclass
@@ -140,7 +141,9 @@ def main(argv: list[str] | None = None) -> dict:
     for row in record["rows"]:
         print(f"{row['name']:<30}{100 * row['accuracy']:.2f}", row.get("C", ""))
     print(record["test_texts_in_train"])
-    write_json(record, record_path("references", config, fingerprint, FOLDER))
+    path = record_path("references", config, fingerprint, FOLDER)
+    write_json(record, path)
+    print(f"Record:   {path}")
     return record
 
 

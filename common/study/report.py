@@ -17,6 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from common.cli import UserError, run
+from common.plotting import noun
 from common.record import ROOT, spread, summarize
 from common.study.comparison import draw_comparison
 from common.study.labels import BAG, EVERYTHING, FULL
@@ -91,7 +92,8 @@ def results_table(records: list[dict], pages: list[str], references: list[dict])
         for page, record in zip(pages, records, strict=True)
     ]
     rows += [[row["name"], "", f"{100 * row['accuracy']:.1f}", *[""] * 6] for row in references]
-    header = "method,trainable parameters,test accuracy,F1,gain,peak memory (GB),training (s),reviews/s,saved (MB)"
+    speed = f"{noun(records[0])}/s"
+    header = f"method,trainable parameters,test accuracy,F1,gain,peak memory (GB),training (s),{speed},saved (MB)"
     seeds, device = len(records[0]["runs"]), records[0]["environment"]["gpu"] or "CPU"
     return (
         f"Accuracy, F1 and gain in percent; mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}, on one "

@@ -55,7 +55,10 @@ def prepare(method: ModuleType, reviews: DatasetDict, flags: list[str]) -> dict:
     }
 
 
-def record_path(name: str, config, fingerprint: str, folder: Path) -> Path:
-    """Where the record of a study with a script's flags goes: common/study/<name>.json for a run like the published
-    ones, else --output_dir. The others: as of `is_published`."""
-    return (HERE if is_published(config, fingerprint, folder) else Path(config.output_dir)) / f"{name}.json"
+def record_path(name: str, config, fingerprint: str | None = None, folder: Path = HERE, whole: bool = True) -> Path:
+    """Where a study's record goes: common/study/<name>.json for a `whole` one of the published backbone and reviews,
+    else --output_dir. config: the scripts' flags, parsed with `folder`. fingerprint: of the reviews; None reads it."""
+    published = whole and is_published(config, fingerprint or load_reviews(config)[1], folder)
+    place = HERE if published else Path(config.output_dir)
+    place.mkdir(parents=True, exist_ok=True)
+    return place / f"{name}.json"

@@ -10,7 +10,7 @@ The second trains once for every choice in `variants`, the third for some of the
 combination of the values given; a plus joins the values of one flag. Flags after `--` go to the script. Writes
 common/study/<METHOD>_sweep_learning_rate.json (or whatever the flag is) or <METHOD>_variants.json: means over the
 seeds, at the epoch that validation chooses. The test reviews play no part, so --max_test_samples 100 saves time. With
---demo or --max_train_samples the record stays in runs/.
+other reviews, another backbone, --demo or --max_train_samples the record stays in common/study/runs/.
 """
 
 import contextlib
@@ -108,7 +108,9 @@ def main(argv: list[str] | None = None) -> dict:
         print(content["results"][-1], flush=True)
         part = record["config"]["demo"] or record["config"]["max_train_samples"]
         part = part or (record["model"]["weights_sha256"], record["dataset"]["sha256"]) != PUBLISHED
-        write_json(content, (folder.parent if part else HERE) / f"{name}_{kind}.json")
+        path = (folder.parent if part else HERE) / f"{name}_{kind}.json"
+        write_json(content, path)
+    print(f"Record:   {path}")
     return content
 
 

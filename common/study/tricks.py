@@ -6,7 +6,8 @@
 Every training is a script's own `train` at its published settings, on a part of the training reviews. A trick is left
 out by a patch in this process alone. The variants of a method take turns; ratios are taken within a round. Speed is
 that of the second of two epochs; of NEW_HEAD it is that of five epochs and the one pass before them.
-Writes common/study/tricks.json. On a CPU the peak of memory says nothing: it is the whole process's.
+Writes common/study/tricks.json, or --json; with other settings, other reviews or another backbone the record goes to
+common/study/runs/<name of the data>. On a CPU the peak of memory says nothing: it is the whole process's.
 """
 
 import argparse
@@ -26,9 +27,9 @@ from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from common import speed, trainer
-from common.cli import public_name, run, write_json
+from common.cli import parse_config, public_name, run, write_json
 from common.record import command_line, environment
-from common.study.scripts import METHODS, STOCK_FEEDING, prepare, script, some_reviews
+from common.study.scripts import HERE, METHODS, STOCK_FEEDING, prepare, record_path, script, some_reviews
 
 ALL = "all"
 FEEDING, FLASH, NORM = "batches cut on the device", "flash attention for padded batches", "LayerNorm outside autocast"
@@ -128,10 +129,13 @@ def main(argv: list[str] | None = None) -> dict:
     default = script(METHODS[0]).Config
     parser.add_argument("--model", default=default.model, help="Backbone: a Hub id or a local folder.")
     parser.add_argument("--dataset", default=default.dataset, help="Reviews, as the scripts take them.")
-    parser.add_argument("--reviews", type=int, default=8192, help="Training reviews. [8192]")
+    parser.add_argument("--reviews", type=int, default=4096, help="Training reviews. [4096]")
     parser.add_argument("--rounds", type=int, default=3, help="Measurements of each variant. [3]")
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"), help="File to write.")
+    parser.add_argument("--json", type=Path, help="File to write.")
     args = parser.parse_args(argv)
+    config = parse_config(script(METHODS[0]).Config, HERE, ["--model", args.model, "--dataset", args.dataset])
+    whole = all(getattr(args, name) == parser.get_default(name) for name in ("methods", "reviews", "rounds"))
+    path = args.json or record_path("tricks", config, whole=whole)
     reviews = some_reviews(args.dataset, args.reviews)
     record = {
         "command": command_line("-m common.study.tricks", argv),
@@ -143,7 +147,7 @@ def main(argv: list[str] | None = None) -> dict:
     }
     for name in args.methods:  # what is measured is kept, should the next one not end
         record["methods"][name] = compare(name, reviews, ["--model", args.model], args.rounds)
-        write_json(record, args.json)
+        write_json(record, path)
     print(f"\n{'':<62}{'reviews/s':>10}{'GB':>7}   with the trick: speed (range), memory")
     for name, found in record["methods"].items():
         for trick, values in found.items():
@@ -151,6 +155,7 @@ def main(argv: list[str] | None = None) -> dict:
             title = f"{name}, " + ("all tricks" if trick == ALL else f"without: {trick}")
             gain = "" if trick == ALL else "{speed:.2f} ({min:.2f} to {max:.2f}), {memory:.2f}"
             print(f"{title:<62}{speeds:>10,.0f}{memory / 1e9:>7.2f}   {gain.format(**worth(found, trick))}")
+    print(f"Record:   {path}")
     return record
 
 
