@@ -35,12 +35,10 @@ from common.study.labels import BAG, PROBE
 from common.study.predictions import compare, describe
 from common.study.references import linear_probes, majority_class, tfidf
 from common.study.report import advice, charts, difference_lines, read, results_table, table
-from common.study.scripts import METHODS, script
+from common.study.scripts import METHODS, PASSES, script
 from common.trainer import longest_first
 
 MAJORITY = "majority class"
-# What an epoch costs in passes through the backbone, as measured on a CPU; NEW_HEAD needs one for all epochs.
-PASSES = {"NEW_HEAD": 0, "LAST_LAYER": 1.2, "PEFT_LORA": 2.2, "PEFT_QLORA": 3}
 WRONG, SHOWN = 10, 300  # how many texts that are confidently wrong, and characters of each
 
 

@@ -15,6 +15,8 @@ from common.record import is_published
 
 HERE = Path(__file__).parent
 METHODS = ("NEW_HEAD", "LAST_LAYER", "PEFT_LORA", "PEFT_QLORA")
+# What an epoch costs in passes through the backbone, roughly, on a CPU; NEW_HEAD needs one for all epochs.
+PASSES = {"NEW_HEAD": 0, "LAST_LAYER": 1.2, "PEFT_LORA": 2.5, "PEFT_QLORA": 3}
 EVALUATED = 16  # reviews that a study of speed evaluates on, outside the measured time
 WORKERS = 8 if os.cpu_count() >= 8 else 0
 # How an expert lets Trainer make batches: reviews of similar length together, by processes of their own.
