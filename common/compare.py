@@ -59,7 +59,7 @@ def run_script(name: str, flags: list[str]) -> str | None:
                 sys.stderr.buffer.write(chunk)
                 sys.stderr.flush()
                 tail = (tail + chunk)[-10_000:]
-        except KeyboardInterrupt:  # the script was told too; what it says of it need not be said twice
+        except SystemExit:  # of Ctrl-C or SIGTERM; what the script says of it need not be said twice
             process.terminate()
             process.communicate()
             raise
