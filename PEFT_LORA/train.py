@@ -8,6 +8,7 @@ Run:   python PEFT_LORA/train.py
 Demo:  python PEFT_LORA/train.py --demo    (no network, no GPU, under half a minute)
 """
 
+import os
 import signal
 import sys
 import time
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run`: Ctrl-C while libraries load leaves no traceback
+    # Ctrl-C while libraries load; later `run` says more.
+    signal.signal(signal.SIGINT, lambda *_: print("\nInterrupted.", file=sys.stderr) or os._exit(130))
 
 import torch
 from accelerate import PartialState
