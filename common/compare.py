@@ -85,7 +85,7 @@ def run_scripts(configs: dict, flags: dict[str, list[str]], fingerprint: str) ->
 
 def seconds_left(configs: dict, rest: list[str], done: list[str]) -> float:
     """How long `rest` will take, by the records of `done` and passes through the backbone; 0 where none is done."""
-    passes = {name: PASSES[name] * config.epochs or 1 for name, config in configs.items()}
+    passes = {name: PASSES[name] * config.epochs + 4 for name, config in configs.items()}  # 4: evaluation, at least
     runs = [run for name in done for run in read(Path(configs[name].output_dir) / "results.json")["runs"]]
     seconds = sum(run["total_seconds"] for run in runs)
     return seconds / sum(passes[name] for name in done) * sum(passes[name] for name in rest) if done else 0

@@ -176,14 +176,14 @@ def test_the_rest_takes_as_long_as_its_passes_through_the_backbone(tmp_path, mon
     assert compare.run_scripts(configs, configs, "") == {"PEFT_LORA": "error"}
     assert capsys.readouterr().out.splitlines() == [
         "[1/4] NEW_HEAD",
-        "[2/4] LAST_LAYER; about 50 minutes to go",  # 50 passes at 60 seconds
-        "[3/4] PEFT_LORA; about 16 minutes to go",  # 40 passes at 260 / 11
-        "[4/4] PEFT_QLORA; about 8 minutes to go",
+        "[2/4] LAST_LAYER; about 16 minutes to go",  # 62 passes at 60 / 4 seconds
+        "[3/4] PEFT_LORA; about 12 minutes to go",  # 48 passes at 260 / 18
+        "[4/4] PEFT_QLORA; about 6 minutes to go",
     ]
     assert compare.run_scripts(configs, configs, "") == {"PEFT_LORA": "error"}
     assert capsys.readouterr().out.splitlines() == [
         "Finished by an earlier run: NEW_HEAD, LAST_LAYER, PEFT_QLORA",
-        "[1/1] PEFT_LORA; about 5 minutes to go",  # 20 passes at 460 / 31
+        "[1/1] PEFT_LORA; about 4 minutes to go",  # 24 passes at 460 / 42
     ]
 
 
