@@ -126,16 +126,18 @@ def build_model(config: Config, labels: dict) -> tuple:
 def run_backbone(model: torch.nn.Module, batches) -> torch.Tensor:
     """The one pass through the frozen backbone: of every review the last hidden state that the head reads.
 
-    batches: an iterator over all reviews, with `input_ids`, `attention_mask` and `labels`. Returns (reviews, hidden
-    size).
+    batches: an iterator over all reviews, with `input_ids`, `attention_mask` and `labels`, right-padded. Returns
+    (reviews, hidden size).
     """
-    from common.frozen import head_token
-
     features = []
     for batch in batches:
         del batch["labels"]
         hidden = model.base_model(**batch).last_hidden_state  # (rows, width, hidden size)
-        features.append(hidden[torch.arange(len(hidden)), head_token(model, batch["input_ids"])])
+        tokens, place = batch["input_ids"], 0  # of encoders the head reads the first token
+        if hasattr(model, "score"):  # the head of every decoder, which reads the last token that is not padding
+            places = torch.arange(tokens.shape[1], device=tokens.device)
+            place = (places * (tokens != model.config.pad_token_id)).argmax(dim=1)
+        features.append(hidden[torch.arange(len(hidden)), place])
     return torch.cat(features)
 
 

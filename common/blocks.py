@@ -36,8 +36,8 @@ def lora_targets(model: PreTrainedModel, names: list[str] | None, rank: int) -> 
     """PEFT's `target_modules`: `names`, or where none are given the query and value projections: PEFT's own choice,
     or for an architecture that it lacks (DistilBERT, for example) the linear layers whose names begin with q and v.
     Raises UserError for a name that no linear layer ends in, where there is none to choose, for too high a rank."""
-    if rank > model.config.hidden_size:
-        raise UserError(f"--lora_r {rank}: is above {model.config.hidden_size}, the width of the model's layers")
+    if rank > (width := getattr(model.config.get_text_config(), "hidden_size", rank)):
+        raise UserError(f"--lora_r {rank}: is above {width}, the width of the model's layers")
     if names == ["all-linear"]:
         return "all-linear"
     layers = [f".{name}" for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))]

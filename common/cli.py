@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,7 +20,6 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from filelock import FileLock, Timeout
 
-# Beside --model and --dataset: as much as the demo's short reviews and tiny model need.
 DEMO_SETTINGS = dict(max_length=64, epochs=5, gradient_accumulation_steps=1, learning_rate=2e-3, seeds=[0])
 FULL = ("No space left", "File too large", "quota exceeded", "StreamWriter", "unexpected pos", "iostream error")
 SIZES = "sizes.json"  # the last file of a checkpoint to be written
@@ -95,6 +95,8 @@ def _check(config, method: str) -> None:
             raise UserError(f"--{field.name} {value}: must be a finite number greater than 0")
     if any(not 0 <= seed < 2**32 for seed in config.seeds) or len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"--seeds {' '.join(map(str, config.seeds))}: must be different integers from 0 to 2**32 - 1")
+    if getattr(config, "torch_compile", False) and not any(map(shutil.which, ("cc", "gcc", "cl"))):
+        raise UserError("--torch_compile: needs a C compiler such as gcc; there is none on the PATH")
     size, parts = config.batch_size, (config.gradient_accumulation_steps or 1) * PartialState().num_processes
     if size and size % parts:
         raise UserError(f"--batch_size {size}: must be a multiple of {parts}, the accumulation steps times processes")
@@ -121,7 +123,8 @@ def locked(folder: str) -> Iterator[None]:
             holder.write_text(f"process {os.getpid()} on {platform.node()}")
             yield
     except Timeout:
-        raise UserError(f"--output_dir {folder}: {holder.read_text()} is at work there; name another") from None
+        who = holder.read_text() if holder.exists() else "another process"
+        raise UserError(f"--output_dir {folder}: {who} is at work there; name another") from None
 
 
 @contextmanager
@@ -132,15 +135,18 @@ def writing(what: object) -> Iterator[None]:
     except Exception as error:
         if not any(sign in str(error) for sign in FULL):
             raise
-        raise UserError(f"the disk is full: cannot write {what}; make room, then --resume goes on") from error
+        raise UserError(f"the disk is full: cannot write {what}; once there is room, --resume goes on") from error
 
 
 def run(main: Callable[[], object]) -> None:
     """Call `main`; end in one line where the input was wrong, the disk or the GPU is full, Ctrl-C or SIGTERM came."""
+    process, status = os.getpid(), [2]
 
     def stop(number, frame):
-        print("\nInterrupted. The same command with --resume goes on after the last checkpoint.", file=sys.stderr)
-        sys.exit(128 + number)
+        status[0] = 128 + number
+        if os.getpid() == process:  # no worker of `datasets`
+            print("\nInterrupted. A training goes on after its last checkpoint with --resume.", file=sys.stderr)
+        sys.exit(status[0])
 
     signal.signal(signal.SIGINT, stop)
     if os.environ.get("RANK", "0") == "0":  # others may be waiting for it where Python calls no handler
@@ -152,7 +158,10 @@ def run(main: Callable[[], object]) -> None:
         print(f"\nerror: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:
         print("\nerror: out of GPU memory; try --gradient_checkpointing or a shorter --max_length", file=sys.stderr)
-    sys.exit(2)
+    except Exception:
+        if status == [2]:  # else libraries raised it where they clean up
+            raise
+    sys.exit(status[0])
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from scipy.special import softmax
 from sklearn.metrics import ConfusionMatrixDisplay, classification_report
 from transformers import HfArgumentParser
 
-from common.cli import fit_to_size, parse_config, public_name, run, whole_file, write_json
+from common.cli import fit_to_size, locked, parse_config, public_name, run, whole_file, write_json
 from common.data import clean, load_reviews, tokenize
 from common.model import load_tokenizer
 from common.plotting import DEMO, page, save
@@ -291,18 +291,18 @@ def main(argv: list[str] | None = None) -> str:
     size = len(reviews["train"]) + len(reviews["validation"])
     configs = {name: fit_to_size(own, size) for name, own in configs.items()}
     place.mkdir(parents=True, exist_ok=True)
-
-    errors = run_scripts(configs, flags, fingerprint)
-    records = {name: read(place / name / "results.json") for name in configs if name not in errors}
-    records = dict(sorted(records.items(), key=lambda item: -item[1]["summary"]["test_accuracy"]["mean"]))
-    data = tokenize(reviews, tokenizer, config.max_length)
-    references, failed = measure_references(config, tokenizer, reviews, data)
-    write_json({"rows": references}, place / "references.json")
-    lengths = np.array([len(ids) for ids in data["test"]["input_ids"][:]])
-    order = np.concatenate(list(longest_first(lengths, len(lengths))))  # of the logits that the scripts save
-    advised = write_report(place, records, argv, references, errors | failed, reviews, order)
+    with locked(str(place)):
+        errors = run_scripts(configs, flags, fingerprint)
+        records = {name: read(place / name / "results.json") for name in configs if name not in errors}
+        records = dict(sorted(records.items(), key=lambda item: -item[1]["summary"]["test_accuracy"]["mean"]))
+        data = tokenize(reviews, tokenizer, config.max_length)
+        references, failed = measure_references(config, tokenizer, reviews, data)
+        write_json({"rows": references}, place / "references.json")
+        lengths = np.array([len(ids) for ids in data["test"]["input_ids"][:]])
+        order = np.concatenate(list(longest_first(lengths, len(lengths))))  # of the logits that the scripts save
+        advised = write_report(place, records, argv, references, errors | failed, reviews, order)
     print(f"\n{advised.replace('**', '')}\nReport: {place / 'report.md'}")
-    if errors:
+    if errors := errors | failed:
         sys.exit(f"error: did not finish: {', '.join(errors)}")
     return advised
 

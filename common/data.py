@@ -227,7 +227,8 @@ def _with_class_labels(splits: dict[str, Dataset], config) -> dict[str, Dataset]
                 raise UserError(f"{flag}: {line}")
             PartialState().print(f"Warning:  {line}; the first of {rows.sum():,} such rows")
     classes = sorted(set(labels[train]))
-    names = [named["train"][number] for number in classes] if named["train"] else list(map(str, classes))
+    names = [str(int(label) if isinstance(label, float) else label) for label in classes]  # 1.0 is 1
+    names = [named["train"][number] for number in classes] if named["train"] else names
     names = ["negative", "positive"] if names == ["neg", "pos"] else names
     options = {"features": Features(text=Value("string"), label=ClassLabel(names=names)), "desc": "Reading"}
     options["function"] = lambda rows: {"text": rows[text], "label": list(map(classes.index, rows[label]))}

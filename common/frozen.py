@@ -6,7 +6,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils import logging
 
@@ -24,15 +23,6 @@ class StoredOutputs(TensorDataset):
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         outputs, labels = self[torch.tensor(rows).to(self.outputs.device, non_blocking=True)]
         return {"inputs_embeds": outputs.unsqueeze(1), "labels": labels}
-
-
-def head_token(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Place of the one token whose last hidden state the head reads, (rows,): of decoders the last token that is not
-    padding, of encoders the first. input_ids: (rows, width), right-padded."""
-    if not hasattr(model, "score"):  # transformers' name for the head of every decoder
-        return torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
-    places = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return (places * (input_ids != model.config.pad_token_id)).argmax(dim=1)
 
 
 @torch.no_grad()

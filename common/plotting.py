@@ -108,7 +108,7 @@ def _seeds(runs: list[dict]) -> str:
 
 
 def save(figure: Figure, path: Path, drawn: dict | list) -> None:
-    """Save `figure` as PNG. drawn: the records that it is drawn from; the file's metadata keep SHA-256."""
+    """Save `figure` as PNG. drawn: the records that it is drawn from; the file's metadata keep their SHA-256."""
     digest = hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
     with whole_file(path) as temporary:
         figure.savefig(temporary, metadata={"Software": None, "Record": digest})

@@ -60,6 +60,7 @@ def load(folder: Path, backbone: str | None = None, plain: bool = False) -> tupl
             model = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 revision=revision,
+                use_safetensors=True,  # pickles could run code
                 ignore_mismatched_sizes=True,  # the adapter brings its own head
                 **label_config([*config.id2label.values()], tokenizer),
                 **place,

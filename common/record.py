@@ -52,21 +52,21 @@ def open_seed(method: str, config, seed: int, fingerprint: str) -> tuple[Path, d
 def prepare_seed(method: str, config, folder: Path, fingerprint: str) -> str | None:
     """Make `folder` ready for training; returns the checkpoint that `--resume` goes on from, if any. To be called when
     everything else has been checked. What an earlier run finished stays until this one has: see `run_record`."""
-    flags, checkpoint = _flags(method, config, fingerprint), None
+    flags, checkpoint, begun = _flags(method, config, fingerprint), None, folder.exists()
     if PartialState().is_main_process:
         if not config.resume or read_json(folder / "flags.json") != flags:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_json(flags, folder / "flags.json")
         checkpoint = last_checkpoint(folder)
-        if config.resume and not checkpoint:
+        if config.resume and begun and not checkpoint:
             print(f"--resume: {folder.name} starts anew; no whole run.json or flags.json with a checkpoint is there")
     return broadcast_object_list([checkpoint])[0]
 
 
 def _flags(method: str, config, fingerprint: str) -> dict:
     """What must be the same for a run to go on."""
-    free = dict.fromkeys(("seeds", "resume", "output_dir", "report_to"))
+    free = dict.fromkeys(("seeds", "resume", "report_to"))  # checkpoints name their output_dir
     sums = {"model": weights_sha256(config), "dataset": fingerprint}
     sums = {name: f"{getattr(config, name)} with SHA-256 {found}" for name, found in sums.items()}
     return {"method": method, **vars(config), **sums, **free}

@@ -80,6 +80,5 @@ def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     return output.view(rows, width, heads, size), None
 
 
-def has_flash(query: torch.Tensor) -> bool:
-    """Whether PyTorch's flash attention takes this tensor. GPUs that compute in bfloat16 have it."""
+def has_flash(query: torch.Tensor) -> bool:  # as GPUs have that compute in bfloat16
     return query.is_cuda and query.dtype == torch.bfloat16 and torch.backends.cuda.is_flash_attention_available()

@@ -306,13 +306,27 @@ def test_a_seeds_folder_that_is_not_this_methods_is_refused(tmp_path):
         (
             "os.kill(os.getpid(), signal.SIGINT)",
             130,
-            ["", "Interrupted. The same command with --resume goes on after "],
+            ["", "Interrupted. A training goes on after its last checkpoint "],
+        ),
+        (  # as a library may that waits for its workers, which are told too
+            """ready, worker = os.pipe(), os.fork() == 0
+    try:
+        os.write(ready[1], b"!") if worker else os.read(ready[0], 1)
+        while worker: pass
+        os.kill(0, signal.SIGTERM)
+    finally:
+        if worker: os._exit(1)
+        os.wait()
+        raise TimeoutError""",
+            143,
+            ["", "Interrupted. A training goes on after its last checkpoint "],
         ),
     ],
 )
 def test_run_ends_in_one_line(body, status, lines):
     script = f"import os, signal\nfrom common.cli import UserError, run\ndef main():\n    {body}\nrun(main)"
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, start_new_session=True)
     assert (ended.returncode, ended.stdout) == (status, "")
     shown = ended.stderr.splitlines()
     assert len(shown) == len(lines)
@@ -514,6 +528,15 @@ def test_a_gpu_that_is_too_small_ends_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         run(main)
     assert capsys.readouterr().err.startswith("\nerror: out of GPU memory; try --gradient_checkpointing")
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", {"gcc": "/usr/bin/gcc"}.get)
+    assert parse("--torch_compile").torch_compile
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="--torch_compile: needs a C compiler such as gcc"):
+        parse("--torch_compile")
+    assert not parse().torch_compile
 
 
 def test_an_optimizer_is_one_of_those_named(capsys):

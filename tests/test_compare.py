@@ -155,7 +155,7 @@ def test_ctrl_c_ends_the_script_too_and_is_told_once(tmp_path, monkeypatch, capf
         signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert line == "Interrupted. The same command with --resume goes on after the last checkpoint."
+    assert line == "Interrupted. A training goes on after its last checkpoint with --resume."
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 

@@ -187,6 +187,7 @@ def test_short_texts_stay_as_they_are(tmp_path, kind):
         (("NA", "None"), ["NA", "None"]),
         ((1, 2, 3, 4, 5), ["1", "2", "3", "4", "5"]),
         ((9, 10, 8), ["8", "9", "10"]),
+        ((0.0, 1.0), ["0", "1"]),
         (("world", "sport", "business"), ["business", "sport", "world"]),
     ],
     ids=str,

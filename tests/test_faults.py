@@ -140,7 +140,7 @@ def test_a_run_is_stopped(name, steps, number, main, failing, tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             run(lambda: main(*flags, method=method))
     assert end.value.code == 128 + number
-    assert capsys.readouterr().err.splitlines()[-1].startswith("Interrupted. The same command with --resume goes on")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("Interrupted. A training goes on")
     assert [path.name for path in (tmp_path / f"out/unfinished_{name}_seed_0").glob("*-*")] == ["checkpoint-5"]
     resumed = main(*flags, "--resume", method=method)
     assert "--resume:" not in capsys.readouterr().out, "nothing was passed over"
@@ -184,6 +184,9 @@ def test_two_runs_share_an_output_dir(main, tmp_path):
             main()
         with pytest.raises(UserError, match="is at work there"):
             main("--resume", method=import_method("LAST_LAYER"))
+        (lock.parent / ".holder_0").unlink()  # it has not yet said who it is
+        with pytest.raises(UserError, match="another process is at work there"):
+            main()
     with locked(lock.parent):
         pass
     assert {path.name for path in lock.parent.iterdir()} == {".lock_0", ".holder_0"}
@@ -289,9 +292,8 @@ def test_the_disk_is_full(owner, name, argument, written, main, stopped, monkeyp
             run(main)
     assert end.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        said == f"error: the disk is full: cannot write {written.format(tmp_path)}; make room, then --resume goes on"
-    )
+    what = f"cannot write {written.format(tmp_path)}; once there is room, --resume goes on"
+    assert said == f"error: the disk is full: {what}"
     assert figures(main("--resume")) == stopped[2]
     assert sorted(file.name for file in (tmp_path / "out").rglob(".*")) == [".holder_0", ".lock_0"]
 

@@ -8,7 +8,7 @@ By torchrun each process has the whole model, and half of every batch. By `accel
 content of its configuration file) each holds half of the frozen weights too. The default backbone is as it is; the
 others have random weights, in shapes of common/study/memory_by_size.py, and the demo's tokenizer. Two epochs, of which
 the second is timed. Flags after `--` go to the scripts. Writes common/study/processes.json; with other reviews or
-another backbone as the default one, it goes to common/study/runs/<name of the data>. So it does with `--demo`, which
+another backbone than the default one, it goes to common/study/runs/<name of the data>. So it does with `--demo`, which
 takes a tiny backbone and generated reviews.
 """
 
