@@ -95,7 +95,7 @@ def _check(config, method: str) -> None:
             raise UserError(f"--{field.name} {value}: must be a finite number greater than 0")
     if any(not 0 <= seed < 2**32 for seed in config.seeds) or len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"--seeds {' '.join(map(str, config.seeds))}: must be different integers from 0 to 2**32 - 1")
-    if getattr(config, "torch_compile", False) and not any(map(shutil.which, ("cc", "gcc", "cl"))):
+    if getattr(config, "torch_compile", False) and not any(map(shutil.which, ("cc", "gcc", "clang", "cl"))):
         raise UserError("--torch_compile: needs a C compiler such as gcc; there is none on the PATH")
     size, parts = config.batch_size, (config.gradient_accumulation_steps or 1) * PartialState().num_processes
     if size and size % parts:
