@@ -42,10 +42,10 @@ fsdp_config:
 """
 DEFAULT = "the default"
 RUNS = [  # backbone, method, launcher, processes, flags
-    *((DEFAULT, "PEFT_LORA", "torchrun", count, []) for count in (1, 2)),
-    *(("bert-large", "PEFT_LORA", "torchrun", count, []) for count in (1, 2)),
+    *((DEFAULT, "PEFT_LORA", "torchrun", count, ["--batch_size", "128"]) for count in (1, 2)),
+    *(("bert-large", "PEFT_LORA", "torchrun", count, ["--batch_size", "128"]) for count in (1, 2)),
     *(
-        ("llama-3b", *how, ["--batch_size", "16", "--max_train_samples", "512"])
+        ("llama-3b", *how, ["--batch_size", "32", "--max_train_samples", "512"])
         for how in (
             *(("PEFT_LORA", "torchrun", 1), ("PEFT_LORA", "torchrun", 2), ("PEFT_LORA", "FSDP", 2)),
             *(("PEFT_QLORA", "torchrun", 1), ("PEFT_QLORA", "FSDP", 2)),
