@@ -529,11 +529,11 @@ def processes(root: Path, _: list[str]) -> str:
     if not record:
         return UNMEASURED
     rows = [
-        [row["backbone"], row["method"], f"{row['launcher']}, {row['processes']}", *cells]
+        [f"{row['backbone']}, {row['method']}, {row['launcher']}", row["processes"], *cells]
         for row in record["rows"]
         for cells in [(f"{row['reviews_per_second']:,.0f}", f"{row['peak_memory_bytes'] / 1e9:.2f}")]
     ]
-    header = "backbone,method,GPUs,reviews/s,peak memory of a GPU (GB)"
+    header = ["backbone, method, launcher", "GPUs", "reviews/s", "peak memory of a GPU (GB)"]
     return f"{source(record)} On {record['environment']['gpu']}.\n\n{table(header, rows)}"
 
 
