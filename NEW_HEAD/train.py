@@ -92,6 +92,9 @@ class Config:
     output_dir: str | None = HfArg(
         default=None, help="Folder for checkpoints, models and, where given, the record. [runs/ beside the script]"
     )
+    save_steps: int | None = HfArg(
+        default=None, help="Save a checkpoint every so many updates within an epoch too. [after epochs alone]"
+    )
     resume: bool = HfArg(default=False, help="Continue an interrupted run of the same flags.")
     report_to: str = HfArg(default="none", help="Experiment tracker that Trainer logs to, such as tensorboard.")
     demo: bool = HfArg(default=False, help="Try the whole job on generated reviews with a tiny model.")
@@ -177,6 +180,7 @@ def train(config: Config, seed: int, tokenizer, data, fingerprint: str, classes:
         eval_strategy="epoch",
         per_device_eval_batch_size=2 * in_a_step,
         save_strategy="epoch",
+        save_steps=config.save_steps or sys.maxsize,  # within an epoch
         save_total_limit=2,  # the best and the last
         load_best_model_at_end=len(data["validation"]) >= ENOUGH_TO_CHOOSE,  # else the last epoch stays
         metric_for_best_model="validation_rank",  # accuracy, then loss

@@ -9,12 +9,11 @@ import tarfile
 from pathlib import Path, PurePosixPath
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pandas as pd
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
-from huggingface_hub import errors
+from huggingface_hub import HfApi, constants, errors, get_token
 from torch.utils.data import Subset
 
 from common.cli import UserError
@@ -97,8 +96,7 @@ def clean(text: str) -> str:
 
 
 def tokenize(data: DatasetDict, tokenizer, max_length: int) -> DatasetDict:
-    """Columns `input_ids` (at most `max_length`, special tokens included), `labels`, and `truncated` (bool); cached by
-    `datasets` for this tokenizer, these reviews and this length."""
+    """Columns `input_ids` (at most `max_length`, special tokens included), `labels`, `truncated` (bool); cached."""
 
     def encode(batch: dict) -> dict:
         tokens = tokenizer([clean(text) for text in batch["text"]], truncation=True, max_length=max_length)
@@ -248,7 +246,7 @@ def _proposal(rows: Dataset) -> str:
 def check_hub(name: str, revision: str | None, kind: str) -> None:
     """Raise UserError where the Hub says that it does not have `name` at `revision`, or not for this user. Where it
     does not answer in 10 seconds, loading takes the cache alone from here on. kind: "model" or "dataset"."""
-    log_in = "log in with `hf auth login` or set HF_TOKEN" + "; no token was found" * (not huggingface_hub.get_token())
+    log_in = "log in with `hf auth login` or set HF_TOKEN" + "; no token was found" * (not get_token())
     reasons = {
         errors.GatedRepoError: f"--{kind} {name}: wants its terms accepted on its page on the Hub; then {log_in}",
         errors.RevisionNotFoundError: f"--{kind}_revision {revision}: {name} has no such commit, tag or branch",
@@ -256,10 +254,10 @@ def check_hub(name: str, revision: str | None, kind: str) -> None:
         errors.HFValidationError: f"--{kind} {name}: is no folder here, and no name that the Hub could have",
     }
     try:
-        huggingface_hub.HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10)
+        HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10)
     except tuple(reasons) as error:
         raise UserError(reasons[type(error)]) from error
     except (errors.HTTPError, OSError) as error:
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             raise UserError(f"--{kind} {name}: the Hub does not accept the token; {log_in}") from error
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

@@ -42,8 +42,7 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
         raise UserError(f"--model {name}: has no tokenizer files; its tokenizer would know no word")
     if not weights:
         convert = f"from transformers import pipeline as p; p('feature-extraction', {name!r}).save_pretrained('new')"
-        convert = f'python -c "{convert}" converts a pytorch_model.bin'
-        raise UserError(f"--model {name}: has no model.safetensors; {convert}")
+        raise UserError(f'--model {name}: no model.safetensors; python -c "{convert}" converts a pytorch_model.bin')
     if len(tokenizer) > (known := getattr(config.get_text_config(), "vocab_size", len(tokenizer))):
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embeddings are of {known}")
     positions = getattr(config, "max_position_embeddings", -1)  # none: any number
@@ -136,18 +135,16 @@ def preflight(config, trainer, new: dict[str, str]) -> None:
     kinds = {"4 bits" if hasattr(weight, "quant_state") else str(weight.dtype)[len("torch.") :] for weight in frozen}
     truncated = trainer.train_dataset["truncated"][:]
     updates = trainer.training_batches(trainer.tensors_of(trainer.train_dataset).lengths).updates
-    lines = {
-        "Backbone": f"{public_name(config.model)}, revision {config.model_revision or 'as found'}",
-        "Trains": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}) in float32",
-        "Frozen": f"all the rest, {total - trainable:,} parameters, in {', '.join(sorted(kinds))}",
-        "Texts": f"{len(truncated):,} to train on, {sum(truncated) / len(truncated):.1%} of them truncated to "
-        f"{config.max_length} tokens; batches of {config.batch_size}: {updates} updates in each of "
-        f"{config.epochs} epochs, {updates * config.epochs:,} in all; learning rate {args.learning_rate:.2g}",
-        "Device": f"{args.device.type} in {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}, "
-        f"processes: {args.world_size}, seed: {args.seed}",
-    }
-    if trainer.is_world_process_zero():
-        print(*(f"{title + ':':<10}{text}" for title, text in lines.items()), sep="\n")
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    PartialState().print(
+        f"Backbone: {public_name(config.model)}, revision {config.model_revision or 'as found'}\n"
+        f"Trains:   {trainable:,} of {total:,} parameters ({trainable / total:.2%}) in float32\n"
+        f"Frozen:   all the rest, {total - trainable:,} parameters, in {', '.join(sorted(kinds))}\n"
+        f"Texts:    {len(truncated):,} to train on, {sum(truncated) / len(truncated):.1%} of them truncated to "
+        f"{config.max_length} tokens; batches of {config.batch_size}: {updates} updates in each of {config.epochs} "
+        f"epochs, {updates * config.epochs:,} in all; learning rate {args.learning_rate:.2g}\n"
+        f"Device:   {args.device.type} in {precision}, processes: {args.world_size}, seed: {args.seed}"
+    )
 
 
 def check_trainable(model: nn.Module, new: dict[str, str]) -> None:

@@ -66,7 +66,7 @@ def prepare_seed(method: str, config, folder: Path, fingerprint: str) -> str | N
 
 def _flags(method: str, config, fingerprint: str) -> dict:
     """What must be the same for a run to go on."""
-    free = dict.fromkeys(("seeds", "resume", "report_to"))  # checkpoints name their output_dir
+    free = dict.fromkeys(("seeds", "resume", "save_steps", "report_to"))  # checkpoints name their output_dir
     sums = {"model": weights_sha256(config), "dataset": fingerprint}
     sums = {name: f"{getattr(config, name)} with SHA-256 {found}" for name, found in sums.items()}
     return {"method": method, **vars(config), **sums, **free}
@@ -92,8 +92,9 @@ def run_record(trainer, validation, test, untrained_test, started: float) -> dic
     epochs, seconds = {}, 0.0
     for entry in trainer.state.log_history:
         seconds += entry.get("seconds", 0.0)
-        if scores := {name: entry[f"eval_{name}"] for name in kept if f"eval_{name}" in entry}:
-            number = round(entry["epoch"])
+        scores = {name: entry[f"eval_{name}"] for name in kept if f"eval_{name}" in entry}
+        if scores and entry["epoch"] % 1 == 0:  # else it is where --resume began
+            number = int(entry["epoch"])
             epochs.setdefault(number, {"epoch": number, "seconds": seconds}).update(scores)  # since the one before
             seconds = 0.0
     epochs = list(epochs.values())

@@ -87,15 +87,20 @@ def longest_first(lengths: np.ndarray, size: int) -> BatchSampler:
 
 class EpochProgress(ProgressCallback):
     """Progress bars, a line after every evaluation, and in the log history each epoch's seconds of training alone.
-    Of more than ten epochs ten at most are evaluated and saved, evenly spaced, the last among them."""
+    Of more than ten epochs ten at most are evaluated and saved, evenly spaced, the last too; `save_steps` adds."""
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         synchronize()
         self.start = time.perf_counter()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if state.epoch % 1 == 0 or state.global_step % args.save_steps == 0:
+            synchronize()
+            state.log_history.append({"epoch": state.epoch, "seconds": time.perf_counter() - self.start})
+            control.should_save = state.epoch % 1 > 0  # an epoch's end is saved after its evaluation
+
     def on_epoch_end(self, args, state, control, **kwargs):
-        synchronize()
-        state.log_history.append({"epoch": state.epoch, "seconds": time.perf_counter() - self.start})
         if round(args.num_train_epochs - state.epoch) % math.ceil(args.num_train_epochs / 10):
             control.should_evaluate = control.should_save = False
 
@@ -104,6 +109,7 @@ class EpochProgress(ProgressCallback):
         wait_for_everyone()  # each process writes a file
         if state.is_world_process_zero:
             write_json(file_sizes(folder), folder / SIZES)
+        self.start = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in (name for name, value in logs.items() if name.endswith("loss") and not math.isfinite(value)):
@@ -130,10 +136,9 @@ class ReviewTrainer(Trainer):
             weights = torch.tensor(counts.sum() / len(counts) / counts.clip(1)).float().to(args.device)
         super().__init__(args=args, compute_loss_func=partial(mean_cross_entropy, class_weights=weights), **kwargs)
         self.model.config.use_cache = False  # decoders would keep keys and values for texts to come
-        self.learning_rates = learning_rates or {}
+        self.learning_rates, self.run_once_seconds = learning_rates or {}, 0.0
         self.rows_at_a_time, self.peaks = sys.maxsize, {}  # as many as fit into memory; bytes, by phase
         self.parameters = count_parameters(self.model)  # before FSDP, whose 4-bit weights do not tell their number
-        self.run_once_seconds = 0.0  # of the training reviews
         pad, run_once = self.processing_class.pad_token_id, run_once or (lambda trainer, texts: texts)
         self.tensors_of = cache(lambda reviews: ReviewTensors(reviews, pad, args.device))  # once for each data set
         self.inputs_of = cache(lambda reviews: run_once(self, self.tensors_of(reviews)))  # what every epoch reads
@@ -212,7 +217,7 @@ class ReviewTrainer(Trainer):
         self.run_once_seconds = time.perf_counter() - start
         sampler = self.training_batches(inputs.lengths)
         loader = DataLoader(inputs, batch_sampler=sampler, collate_fn=lambda batch: batch)  # it comes whole
-        loader.set_epoch = partial(setattr, sampler, "epoch")  # called before every epoch, also on --resume
+        loader.set_epoch = sampler.set_epoch = partial(setattr, sampler, "epoch")  # the latter: to resume within one
         return loader
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:

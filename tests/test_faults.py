@@ -132,8 +132,9 @@ def test_every_line_of_the_readme_has_its_test():
     [(name, index % 2 + 1, (signal.SIGTERM, signal.SIGINT)[index // 2]) for index, name in enumerate(METHODS)],
 )
 def test_a_run_is_stopped(name, steps, number, main, failing, tmp_path, capsys):
-    """In the middle of its second epoch."""
-    method, flags = import_method(name), ["--gradient_accumulation_steps", str(steps)]
+    """In the middle of its second epoch, with checkpoints within epochs too for half of the methods."""
+    within = ["--save_steps", "3"] if number == signal.SIGINT else []
+    method, flags = import_method(name), ["--gradient_accumulation_steps", str(steps), *within]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "ReviewTrainer", type("Stopped", (trainer.ReviewTrainer,), {}))
         failing(trainer.ReviewTrainer, "training_step", 7 * steps, lambda: os.kill(os.getpid(), number))
@@ -141,7 +142,8 @@ def test_a_run_is_stopped(name, steps, number, main, failing, tmp_path, capsys):
             run(lambda: main(*flags, method=method))
     assert end.value.code == 128 + number
     assert capsys.readouterr().err.splitlines()[-1].startswith("Interrupted. A training goes on")
-    assert [path.name for path in (tmp_path / f"out/unfinished_{name}_seed_0").glob("*-*")] == ["checkpoint-5"]
+    left = {path.name for path in (tmp_path / f"out/unfinished_{name}_seed_0").glob("*-*")}
+    assert left == {"checkpoint-5", *["checkpoint-6"] * bool(within)}
     resumed = main(*flags, "--resume", method=method)
     assert "--resume:" not in capsys.readouterr().out, "nothing was passed over"
     assert figures(resumed) == figures(main(*flags, method=method, folder=tmp_path / "whole"))

@@ -55,7 +55,7 @@ def asked(monkeypatch) -> list[tuple]:
     ],
 )
 def test_each_refusal_has_a_line_of_its_own(answer, message, kind, token, asked, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    monkeypatch.setattr("common.data.get_token", lambda: token)
     with pytest.raises(UserError) as error:
         check_hub("some/name", answer, kind)
     missing = "" if token or LOG_IN not in message else "; no token was found"

@@ -131,7 +131,7 @@ def test_the_study_of_processes_writes_a_row_after_every_run(demo, tmp_path, mon
     (tmp_path / "common" / "study").mkdir(parents=True)
     assert report.processes(tmp_path, []) == report.UNMEASURED
     write_json(record, tmp_path / "common" / "study" / "processes.json")
-    assert "| tiny-llama | PEFT_LORA | torchrun, 2 | 90 | 2.00 |" in report.processes(tmp_path, [])
+    assert "| tiny-llama, PEFT_LORA, torchrun | 2 | 90 | 2.00 |" in report.processes(tmp_path, [])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     processes.main(["--", "--dataset", str(demo[1]), "--model", str(demo[0])])
     assert (tmp_path / "runs" / demo[1].name / "processes.json").exists()
