@@ -42,7 +42,7 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
         raise UserError(f"--model {name}: has no tokenizer files; its tokenizer would know no word")
     if not weights:
         convert = f"from transformers import pipeline as p; p('feature-extraction', {name!r}).save_pretrained('new')"
-        raise UserError(f'--model {name}: no model.safetensors; python -c "{convert}" converts a pytorch_model.bin')
+        raise UserError(f'--model {name}: has no model.safetensors; python -c "{convert}" converts pytorch_model.bin')
     if len(tokenizer) > (known := getattr(config.get_text_config(), "vocab_size", len(tokenizer))):
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embeddings are of {known}")
     positions = getattr(config, "max_position_embeddings", -1)  # none: any number
