@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -68,7 +69,7 @@ def test_flash_attention_computes_what_plain_attention_does(side, scaling, flash
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_faster_model_has_the_same_hidden_states(side, architecture, backbones, flash_calls):
     texts = padded_mask([40, 3, 17, 25], 40, side)
-    batch = {"input_ids": torch.randint(5, 60, (4, 40), device="cuda") * texts, "attention_mask": texts.long()}
+    batch = {"input_ids": torch.randint(5, 50, (4, 40), device="cuda") * texts, "attention_mask": texts.long()}
     model, *_ = build("LAST_LAYER", backbones[architecture])
     backbone = model.cuda().eval().base_model
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
@@ -136,9 +137,8 @@ def test_the_same_seed_gives_the_same_numbers(method, tmp_path):
     flags = ("--demo", "--epochs", "1", "--max_train_samples", "600", "--max_test_samples", "100")
     records = [method.main([*flags, "--output_dir", str(tmp_path / again)])["runs"][0] for again in ("first", "again")]
     for record in records:
-        for changing in ("total_seconds", "train_seconds", "train_reviews_per_second", "memory_bytes"):
+        for changing in [name for name in record if re.search("seconds|per_second|memory", name)]:
             record.pop(changing)
-        record.pop("peak_memory_bytes")
         for epoch in record["epochs"]:
             epoch.pop("seconds")
     assert records[0] == records[1]
