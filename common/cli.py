@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from filelock import FileLock, Timeout
+from transformers import HfArgumentParser, integrations, logging
 
 DEMO_SETTINGS = dict(max_length=64, epochs=5, gradient_accumulation_steps=1, learning_rate=2e-3, seeds=[0])
 FULL = ("No space left", "File too large", "quota exceeded", "StreamWriter", "unexpected pos", "iostream error")
@@ -33,13 +33,13 @@ class UserError(Exception):
 def parse_config(config_class: type, folder: Path, argv: list[str] | None = None):
     """Parse and check the flags of the dataclass `config_class`; make the settings of the whole process. folder: the
     script's own, whose `runs/<data>` is the default output folder. Raises UserError for what cannot be used."""
-    transformers.logging.set_verbosity_error()  # the preflight says what matters of their reports on loading
+    logging.set_verbosity_error()  # the preflight says what matters of their reports on loading
     torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs in kernels, and costs 8% of the speed
     if not torch.accelerator.is_available():  # unless told, several processes on CPUs do not look for each other
         os.environ["ACCELERATE_USE_CPU"] = "true"
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # the first one decides for the process
     about = {"description": sys.modules[config_class.__module__].__doc__, "allow_abbrev": False}
-    parser = transformers.HfArgumentParser(config_class, formatter_class=argparse.RawDescriptionHelpFormatter, **about)
+    parser = HfArgumentParser(config_class, formatter_class=argparse.RawDescriptionHelpFormatter, **about)
     for action in parser._actions:
         if action.default not in (None, argparse.SUPPRESS):  # what None stands for, a flag's own help says
             action.help = f"{action.help or ''} [{str(action.default).strip('[]').replace(',', '')}]"
@@ -100,9 +100,9 @@ def _check(config, method: str) -> None:
     size, parts = config.batch_size, (config.gradient_accumulation_steps or 1) * PartialState().num_processes
     if size and size % parts:
         raise UserError(f"--batch_size {size}: must be a multiple of {parts}, the accumulation steps times processes")
-    trackers = ["none", "all", *transformers.integrations.get_available_reporting_integrations()]
-    if config.report_to not in trackers:
-        raise UserError(f"--report_to {config.report_to}: not known or not installed; at hand: {', '.join(trackers)}")
+    names = ["none"] if config.report_to == "none" else ["all", *integrations.get_available_reporting_integrations()]
+    if config.report_to not in names:
+        raise UserError(f"--report_to {config.report_to}: not known or installed; at hand: none, {', '.join(names)}")
     try:  # permissions alone do not tell; and the record will be in UTF-8
         for folder in (Path(config.output_dir, f"seed_{seed}") for seed in config.seeds):
             flags = folder / "flags.json"  # our mark
