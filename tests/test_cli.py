@@ -86,7 +86,7 @@ def test_dashes_are_as_good_as_underscores():
         ("--seeds 3 -1", "--seeds 3 -1: must be different integers from 0"),
         ("--seeds 4294967296", "--seeds 4294967296: must be different integers from 0"),
         ("--batch_size 10 --gradient_accumulation_steps 4", "--batch_size 10: must be a multiple of 4"),
-        ("--report_to nobody", "--report_to nobody: not known or not installed; at hand: none, all"),
+        ("--report_to nobody", "--report_to nobody: not known or installed; at hand: none, all"),
     ],
 )
 def test_values_that_cannot_be_used(flags, expected, demo_built):

@@ -169,18 +169,19 @@ def test_help(method, capsys, monkeypatch):
     assert "One run for each. [0 1 2]" in shown
 
 
-HELP = """
+START = """
 import atexit, runpy, sys
 slow = ["bitsandbytes", "evaluate", "peft", "transformers.modeling_utils", "transformers.trainer"]
 atexit.register(lambda: print("slow:", [name for name in slow if name in sys.modules]))
-sys.argv = ["train.py", "--help"]
 runpy.run_path("PEFT_QLORA/train.py", run_name="__main__")
 """
 
 
-def test_help_waits_for_nothing_that_only_training_needs():
-    result = run("-c", HELP)
+def test_help_and_errors_wait_for_nothing_that_only_training_needs(tmp_path):
+    result = run("-c", START, "--help")
     assert result.stdout.endswith("\nslow: []\n") and result.stderr == ""
+    result = run("-c", START, "--model", tmp_path, "--output_dir", tmp_path / "out")
+    assert result.stdout == "slow: []\n" and result.stderr.startswith(f"\nerror: --model {tmp_path}: bad config")
 
 
 @pytest.fixture(scope="module")
