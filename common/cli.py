@@ -67,7 +67,7 @@ def parse_config(config_class: type, folder: Path, argv: list[str] | None = None
     for name in ("model", "dataset"):  # the default revision belongs to the default repository, and files have none
         other, revision = getattr(config, name) != parser.get_default(name), f"{name}_revision"
         default = getattr(config, revision) == parser.get_default(revision)
-        if (other and default) or Path(getattr(config, name)).expanduser().exists():
+        if (other and default) or os.path.exists(os.path.expanduser(getattr(config, name))):
             setattr(config, revision, None)
     if os.path.isdir(model := os.path.expanduser(config.model)):
         config.model = os.path.abspath(model)  # an adapter's backbone is looked for there, from anywhere
@@ -152,7 +152,7 @@ def run(main: Callable[[], object]) -> None:
     if os.environ.get("RANK", "0") == "0":  # others may be waiting for it where Python calls no handler
         signal.signal(signal.SIGTERM, stop)
     try:
-        with writing("a file"):
+        with writing("a file, perhaps of the cache (see HF_HOME)"):
             return main()
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
@@ -167,8 +167,7 @@ def run(main: Callable[[], object]) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it becomes `path` on success and is deleted on failure."""
-    # Beside the target: only within one file system is a rename atomic. With its suffix: savefig goes by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # savefig goes by the suffix
     try:
         with writing(path):
             yield temporary
@@ -199,5 +198,5 @@ def file_sizes(folder: Path) -> dict[str, int]:
 def public_name(name: str) -> str:
     """`name` without the folders of this machine: of a path, its last part; also in the form --flag=path."""
     flag, equals, value = name.rpartition("=")
-    path = Path(value).expanduser()
-    return f"{flag}{equals}{path.resolve().name}" if value and path.exists() else name
+    path = os.path.expanduser(value)
+    return f"{flag}{equals}{Path(os.path.realpath(path)).name}" if os.path.exists(path) else name

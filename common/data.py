@@ -100,8 +100,7 @@ def tokenize(data: DatasetDict, tokenizer, max_length: int) -> DatasetDict:
 
     def encode(batch: dict) -> dict:
         tokens = tokenizer([clean(text) for text in batch["text"]], truncation=True, max_length=max_length)
-        # Without special tokens nothing is left of an empty review; a model needs a token.
-        input_ids = [ids or [tokenizer.pad_token_id] for ids in tokens["input_ids"]]
+        input_ids = [ids or [tokenizer.pad_token_id] for ids in tokens["input_ids"]]  # a model needs a token
         # Tokenizers in Python do not tell what was cut off: every text of full length counts.
         cut = [row.overflowing for row in tokens.encodings or ()] or [len(ids) == max_length for ids in input_ids]
         return {"input_ids": input_ids, "labels": batch["label"], "truncated": list(map(bool, cut))}
@@ -151,21 +150,22 @@ def _read(source: str, revision: str | None) -> dict[str, Dataset]:
 
 def _read_file(file: Path) -> Dataset:
     """A table. Raises ValueError for whatever is in it."""
-    builder, options = BUILDERS[file.suffix.lower()], {}
+    builder, options, row = BUILDERS[file.suffix.lower()], {}, 0
     try:
-        with file.open(encoding="utf-8-sig") as lines:
-            if builder == "csv":
-                separator = max(",;\t", key=lines.readline().count)
-                options = {"sep": separator, "keep_default_na": False, "na_values": [""]}  # "NA" and "null" are texts
-            for line in enumerate(lines if builder == "json" else (), 1):  # what is no JSON can crash Arrow's parser
-                json.loads(line[1].strip() or "{}")
+        with file.open("rb") as lines:
+            for row, line in enumerate(lines if builder != "parquet" else (), 1):
+                line = line.decode("utf-8-sig")
+                if builder == "json":  # what is none can crash Arrow's parser
+                    json.loads(line.strip() or "{}")
+                elif row == 1:  # "NA" and "null" are texts
+                    options = {"sep": max(",;\t", key=line.count), "keep_default_na": False, "na_values": [""]}
         rows = load_dataset(builder, data_files=glob.escape(str(file)), split="train", **options)
         if options and rows.column_names[-1] == "__index_level_0__":
             raise ValueError("its first row has more fields than its header")
         rows.data.validate(full=True)  # Arrow lets bytes pass that are not UTF-8
         return rows
     except Exception as error:
-        place = f"line {line[0]} of {file.name}" if isinstance(error, json.JSONDecodeError) else file.name
+        place = f"line {row} of {file.name}" if isinstance(error, json.JSONDecodeError | UnicodeError) else file.name
         raise ValueError(f"{place}: {getattr(error, 'msg', str(error.__cause__ or error)) or 'is empty'}") from None
 
 

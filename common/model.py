@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -31,9 +31,9 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PreTrain
             weights = sorted({*json.loads((folder / index).read_bytes())["weight_map"].values()})
         for file in weights if folder else ():
             safe_open(folder / file, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:  # also half a download, or a Git LFS pointer in its place
-        reason = OFFLINE if not folder and isinstance(error, OSError) else f"bad {file}: {str(error).splitlines()[0]}"
-        raise UserError(f"--model {name}: {reason}") from error
+    except Exception as error:  # of whatever kind: also half a download, or a Git LFS pointer in its place
+        why = OFFLINE if not folder and isinstance(error, OSError) else f"bad {file}: {' '.join(str(error).split())}"
+        raise UserError(f"--model {name}: {why}") from error
     other = config.is_encoder_decoder or config.model_type == "xlnet"  # which reads a longer neighbour's padding
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or other:
         missing = f"{config.model_type} has no classifier that reads a text's first token or its last"
@@ -128,10 +128,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def preflight(config, trainer, new: dict[str, str]) -> None:
     """Print what is about to be trained, on what and how. Raises UserError as `check_trainable` does."""
-    model, args = trainer.model, trainer.args
-    check_trainable(model, new)
-    trainable, total = trainer.parameters
-    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    check_trainable(trainer.model, new)
+    args, (trainable, total) = trainer.args, trainer.parameters
+    frozen = [weight for weight in trainer.model.parameters() if not weight.requires_grad]
     kinds = {"4 bits" if hasattr(weight, "quant_state") else str(weight.dtype)[len("torch.") :] for weight in frozen}
     truncated = trainer.train_dataset["truncated"][:]
     updates = trainer.training_batches(trainer.tensors_of(trainer.train_dataset).lengths).updates

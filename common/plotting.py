@@ -14,8 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from common.cli import whole_file
 from common.data import IMDB_SHA256
 
-# Okabe and Ito's colours: people with any colour vision can tell them apart.
-BLUE, SKY, ORANGE, RED = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
+BLUE, SKY, ORANGE, RED = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"  # Okabe and Ito's, for any colour vision
 GREY, PALE, FAINT = "#5F6368", "#A9AFB5", "#E4E6E8"
 DEMO = "Demo: generated reviews, tiny model; the figures mean nothing"
 
@@ -36,8 +35,7 @@ def bar_figure(record: dict) -> Figure:
     for offset, (key, label, colour) in ((-0.19, before), (0.19, after)):
         scores = np.array([[run[key]["accuracy"], run[key]["f1"]] for run in runs])
         sds = scores.std(axis=0, ddof=1) if len(runs) > 1 else None
-        # Unclipped, because a mean near 100 % plus its sd leaves the axis, and the label on top does too.
-        whisker = {"yerr": sds, "capsize": 4, "error_kw": {"clip_on": False}}
+        whisker = {"yerr": sds, "capsize": 4, "error_kw": {"clip_on": False}}  # near 100 % it leaves the axis
         bars = axes.bar([offset, 1 + offset], scores.mean(axis=0), 0.36, color=colour, label=label, **whisker)
         axes.bar_label(bars, fmt="{:.1%}", padding=3, annotation_clip=False)
     axes.set(xticks=[0, 1], xticklabels=["test accuracy", "test F1"], ylim=(0, 1))

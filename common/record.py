@@ -22,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import DatasetDict
 from huggingface_hub import ModelCard, ModelCardData
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from common.cli import SIZES, UserError, file_sizes, public_name, read_json, whole_file, write_json
 from common.data import IMDB_SHA256
@@ -52,15 +52,15 @@ def open_seed(method: str, config, seed: int, fingerprint: str) -> tuple[Path, d
 def prepare_seed(method: str, config, folder: Path, fingerprint: str) -> str | None:
     """Make `folder` ready for training; returns the checkpoint that `--resume` goes on from, if any. To be called when
     everything else has been checked. What an earlier run finished stays until this one has: see `run_record`."""
-    flags, checkpoint, begun = _flags(method, config, fingerprint), None, folder.exists()
+    flags, checkpoint = _flags(method, config, fingerprint), None
     if PartialState().is_main_process:
         if not config.resume or read_json(folder / "flags.json") != flags:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_json(flags, folder / "flags.json")
         checkpoint = last_checkpoint(folder)
-        if config.resume and begun and not checkpoint:
-            print(f"--resume: {folder.name} starts anew; no whole run.json or flags.json with a checkpoint is there")
+        if config.resume and not checkpoint:
+            print(f"--resume: {folder.name} starts from scratch; no run.json or flags.json with a checkpoint is whole")
     return broadcast_object_list([checkpoint])[0]
 
 
@@ -93,8 +93,7 @@ def run_record(trainer, validation, test, untrained_test, started: float) -> dic
     for entry in trainer.state.log_history:
         seconds += entry.get("seconds", 0.0)
         scores = {name: entry[f"eval_{name}"] for name in kept if f"eval_{name}" in entry}
-        if scores and entry["epoch"] % 1 == 0:  # else it is where --resume began
-            number = int(entry["epoch"])
+        if scores and (number := int(entry["epoch"])) == entry["epoch"]:  # else it is where --resume began
             epochs.setdefault(number, {"epoch": number, "seconds": seconds}).update(scores)  # since the one before
             seconds = 0.0
     epochs = list(epochs.values())
@@ -143,7 +142,7 @@ def publish(folder: Path, argv, config, data: DatasetDict, fingerprint: str, run
         if (model := Path(config.output_dir, f"seed_{run['seed']}", "model")).exists():  # it may be gone on --resume
             write_card(model, record, run, config)
         if "warning" in run:
-            print(f"Warning:  seed {run['seed']} {run['warning']}; try more epochs or --class_weights balanced")
+            print(f"Warning:  seed {run['seed']} {run['warning']}; see --epochs, --learning_rate and --class_weights")
     classes = np.sum(runs[0]["test"]["confusion_matrix"], axis=1)
     print(f"Test:     accuracy {accuracy}, F1 {f1} (percent, mean ± sd over seeds {config.seeds})")
     print(f"          the most frequent class alone: accuracy {classes.max() / classes.sum():.1%}")
@@ -160,7 +159,7 @@ def write_card(folder: Path, record: dict, run: dict, config) -> None:
     told = {**record, "run": run, "spread": spread, "saved": json.loads((folder / "config.json").read_text())}
     for kind, published in zip(("model", "dataset"), PUBLISHED, strict=True):
         flags = vars(type(config)() if published in record[kind].values() else config)  # a copy of the Hub's default
-        if not Path(name := flags[kind]).expanduser().exists():
+        if not os.path.exists(os.path.expanduser(name := flags[kind])):
             told[kind] = record[kind] | {"id": name, "name": name, "revision": flags[f"{kind}_revision"]}
     if (adapter := folder / "adapter_config.json").exists():
         backbone = {"base_model_name_or_path": told["model"]["name"], "revision": told["model"]["revision"]}
@@ -177,11 +176,17 @@ def is_published(config, fingerprint: str, folder: Path) -> bool:
     return here and not part and fingerprint == PUBLISHED[1] and weights_sha256(config) == PUBLISHED[0]
 
 
-def weights_sha256(config) -> str | None:
-    """Of the backbone's weights; None where they are spread over several files."""
-    optional = {"revision": config.model_revision, "_raise_exceptions_for_missing_entries": False}
-    file = cached_file(config.model, "model.safetensors", **optional)
-    return file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def weights_sha256(config) -> str:
+    """Of the backbone's weights; spread over several files, of all these in the order of their names."""
+    options, digest = {"revision": config.model_revision}, hashlib.sha256()
+    whole, index = "model.safetensors", "model.safetensors.index.json"
+    files = [cached_file(config.model, whole, **options, _raise_exceptions_for_missing_entries=False)]
+    if files == [None]:
+        files, _ = get_checkpoint_shard_files(config.model, cached_file(config.model, index, **options), **options)
+    for file in sorted(files):
+        with open(file, "rb") as weights:
+            hashlib.file_digest(weights, lambda: digest)
+    return digest.hexdigest()
 
 
 def spread(summary: dict, scale: float = 0.01, decimals: int = 1) -> str:

@@ -130,10 +130,9 @@ class ReviewTrainer(Trainer):
     def __init__(self, *, args, learning_rates=None, class_weights="none", run_once=None, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU; torchrun starts a process for each
         kwargs["preprocess_logits_for_metrics"] = lambda found, _: found[0] if isinstance(found, tuple) else found
-        weights = None
-        if class_weights == "balanced":
-            counts = np.bincount(kwargs["train_dataset"]["labels"][:], minlength=kwargs["model"].config.num_labels)
-            weights = torch.tensor(counts.sum() / len(counts) / counts.clip(1)).float().to(args.device)
+        counts = np.bincount(kwargs["train_dataset"]["labels"][:], minlength=kwargs["model"].config.num_labels)
+        balanced = torch.tensor(counts.sum() / len(counts) / counts.clip(1)).float().to(args.device)
+        weights = balanced if class_weights == "balanced" else None
         super().__init__(args=args, compute_loss_func=partial(mean_cross_entropy, class_weights=weights), **kwargs)
         self.model.config.use_cache = False  # decoders would keep keys and values for texts to come
         self.learning_rates, self.run_once_seconds = learning_rates or {}, 0.0

@@ -67,6 +67,14 @@ def demo(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "tiny-bert", folder / "generated-reviews"
 
 
+def copy_backbone(demo, folder: Path, **options) -> nn.Module:
+    """Write the demo's tokenizer and model to `folder`; options: of save_pretrained."""
+    transformers.AutoTokenizer.from_pretrained(demo[0]).save_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(demo[0])
+    model.save_pretrained(folder, **options)
+    return model
+
+
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory, demo) -> dict[str, Path]:
     """A folder with a tiny random backbone, without a classifier, and a tokenizer, for every architecture."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import ROOT, import_method
+from conftest import ROOT, copy_backbone, import_method
 from transformers import AutoModel, AutoTokenizer
 
 import common.demo
@@ -411,14 +411,6 @@ def test_damaged_weights_are_refused(tmp_path, demo, damage):
         UserError, match=f"^--model {tmp_path}: bad model.safetensors: Error while deserializing header"
     ):
         load_tokenizer(str(tmp_path), None, 64)
-
-
-def copy_backbone(demo, folder: Path, **options) -> AutoModel:
-    """Write the demo's tokenizer and model to `folder`; options: of save_pretrained."""
-    AutoTokenizer.from_pretrained(demo[0]).save_pretrained(folder)
-    model = AutoModel.from_pretrained(demo[0])
-    model.save_pretrained(folder, **options)
-    return model
 
 
 @pytest.mark.parametrize("damage", ["missing", "index"])

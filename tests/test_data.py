@@ -621,8 +621,8 @@ BAD_SPLITS = {
     "broken JSON": ("jsonl", PLAIN + '{"text": ', r"cannot be read \(line 101 of {}\.jsonl: Expecting value"),
     "another encoding": (
         "csv",
-        "text,label\ncaf\xe9,0\nb,1\n".encode("latin-1"),
-        CAUSE % "csv",
+        "text,label\na,1\ncaf\xe9,0\n".encode("latin-1"),
+        r"cannot be read \(line 3 of {}\.csv: 'utf-8' codec can't decode byte 0xe9",
     ),
     "an open quote": ("csv", 'text,label\na,0\n"b,1\n', CAUSE % "csv"),
 }
@@ -648,7 +648,11 @@ BAD_SPLITS |= {
         'null,": "a", "label": 0}\n{"text": "b, \\"c\\"null, "label": 1}\n',
         r"cannot be read \(line 1 of {}\.jsonl: Extra data",
     ),
-    "no UTF-8 in JSON": ("jsonl", PLAIN.encode() + b'{"text": "caf\xe9", "label": 0}\n', CAUSE % "jsonl"),
+    "no UTF-8 in JSON": (
+        "jsonl",
+        PLAIN.encode() + b'{"text": "caf\xe9", "label": 0}\n',
+        r"line 101 of {}\.jsonl: 'utf-8'",
+    ),
 }
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import METHODS, ROOT, import_method
+from conftest import METHODS, ROOT, copy_backbone, import_method
 from safetensors.torch import load_file, save_file
 
 from common import metrics, plotting, record, trainer
@@ -165,7 +165,7 @@ def test_a_checkpoint_is_damaged_or_gone(stopped, main, tmp_path, capsys):
             shutil.rmtree(copy)
     for gone, left in (
         (second, "is passed over"),
-        (first, "unfinished_PEFT_LORA_seed_0 starts anew; no whole"),
+        (first, "unfinished_PEFT_LORA_seed_0 starts from scratch; no run.json"),
     ):  # the best is the first
         shutil.rmtree(source)
         shutil.copytree(source.with_name("copy"), source)
@@ -240,7 +240,7 @@ def test_a_model_predicts_one_class(main, monkeypatch, capsys):
     record = main("--epochs", "1")
     assert record["runs"][0]["warning"] == "predicts one class for every validation text"
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")]
-    assert said[-1].startswith(f"Warning:  seed 0 {record['runs'][0]['warning']}; try more epochs or --class_weights")
+    assert said[-1].startswith(f"Warning:  seed 0 {record['runs'][0]['warning']}; see --epochs, ")
     assert drawn[0].axes[0].get_xlabel().endswith(f"\nWarning: seed 0 {record['runs'][0]['warning']}")
 
 
@@ -303,13 +303,16 @@ def test_the_disk_is_full(owner, name, argument, written, main, stopped, monkeyp
 # And more
 
 
-def test_weights_that_changed_are_not_resumed(main, failing, demo, tmp_path):
-    model = shutil.copytree(demo[0], tmp_path / "model")
-    main("--model", str(model))
-    weights = load_file(model / "model.safetensors")
-    save_file({name: 2 * weight for name, weight in weights.items()}, model / "model.safetensors")
+@pytest.mark.parametrize("size", ["1GB", "100KB"])
+def test_weights_that_changed_are_not_resumed(size, main, demo, tmp_path):
+    """In one file, and in several."""
+    model = tmp_path / "model"
+    copy_backbone(demo, model, max_shard_size=size)
+    main("--model", str(model), "--epochs", "1")
+    *_, last = sorted(model.glob("*.safetensors"))
+    save_file({name: 2 * weight for name, weight in load_file(last).items()}, last, {"format": "pt"})
     with pytest.raises(UserError, match=f"interrupted run had --model {model} with SHA-256 .*, not {model} with SHA"):
-        main("--model", str(model), "--resume")
+        main("--model", str(model), "--epochs", "1", "--resume")
 
 
 def test_damaged_flags_or_a_damaged_record_start_the_seed_anew(stopped, main, capsys):
@@ -317,7 +320,7 @@ def test_damaged_flags_or_a_damaged_record_start_the_seed_anew(stopped, main, ca
     for file, damage in ((flags, b'{"method": "PEFT_LORA", "mod'), (run, b""), (run, b"\xff\xfe")):
         (folder / file).write_bytes(damage)
         assert figures(main("--resume", folder=folder)) == stopped[2]
-        said = "--resume: unfinished_PEFT_LORA_seed_0 starts anew; no whole run.json or flags.json with a checkpoint"
+        said = "--resume: unfinished_PEFT_LORA_seed_0 starts from scratch; no run.json or flags.json with"
         assert said in capsys.readouterr().out
 
 

@@ -73,6 +73,7 @@ def test_names_and_commands_tell_nothing_of_this_machine(tmp_path, monkeypatch):
     assert public_name(str(tmp_path)) == public_name(".") == tmp_path.name
     assert public_name(f"--model={tmp_path}") == f"--model={tmp_path.name}"
     assert public_name("organisation/model") == "organisation/model" and public_name("--demo") == "--demo"
+    assert public_name("~nobody/model") == "~nobody/model", "no user's home"
     flags = ["--output_dir", str(tmp_path), "--epochs", "3"]
     assert command_line("M/train.py", flags) == f"python M/train.py --output_dir {tmp_path.name} --epochs 3"
     assert command_line("M/train.py", ["--dataset", "IMDB Dataset.csv"]) == (
@@ -143,8 +144,8 @@ def test_the_best_epoch_is_the_most_accurate_after_training_then_the_one_of_the_
 
 
 @pytest.fixture
-def config(tmp_path):
-    return import_method("PEFT_LORA").Config(output_dir=str(tmp_path / "out"))
+def config(demo, tmp_path):
+    return import_method("PEFT_LORA").Config(model=str(demo[0]), output_dir=str(tmp_path / "out"))
 
 
 def leave(config, method: str = "METHOD") -> None:
