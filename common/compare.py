@@ -11,6 +11,7 @@ same split, that of the first seed. The report begins with a recommendation.
 
 import argparse
 import math
+import os
 import re
 import subprocess
 import sys
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> str:
         given = known.parse_args(flags)
     data_name = "demo" if given.demo else Path(public_name(given.dataset)).name.split(".")[0]
     data_name += "_partial" * bool(given.max_train_samples or given.max_test_samples)  # as the scripts' own folders
-    place = Path(args.output_dir or ROOT / "runs" / "compare" / data_name).expanduser().resolve()
+    place = Path(os.path.expanduser(args.output_dir or ROOT / "runs" / "compare" / data_name)).resolve()
     flags = {name: [*flags, "--output_dir", str(place / name)] for name in args.methods}
     configs = {name: parse_config(script(name).Config, script(name).FOLDER, own) for name, own in flags.items()}
     config = next(iter(configs.values()))

@@ -158,7 +158,7 @@ def _read_file(file: Path) -> Dataset:
                 if builder == "json":  # what is none can crash Arrow's parser
                     json.loads(line.strip() or "{}")
                 elif row == 1:  # "NA" and "null" are texts
-                    options = {"sep": max(",;\t", key=line.count), "keep_default_na": False, "na_values": [""]}
+                    options = dict(sep=max(",;\t", key=line.split("\r")[0].count), keep_default_na=False, na_values="")
         rows = load_dataset(builder, data_files=glob.escape(str(file)), split="train", **options)
         if options and rows.column_names[-1] == "__index_level_0__":
             raise ValueError("its first row has more fields than its header")

@@ -322,6 +322,13 @@ def test_separators_and_other_names_of_the_columns(tmp_path, separator):
     assert pairs(*reviews.values()) == pairs(TRAIN) and reviews["test"].features["label"].names == ["n", "p"]
 
 
+def test_the_separator_is_the_headers_where_lines_end_in_a_carriage_return_alone(tmp_path):
+    file, rows = tmp_path / "mac.csv", "".join(f"not one, two, three but {n};{n % 2}\r" for n in range(100))
+    file.write_text(f"text;label\r{rows}", newline="")
+    reviews, _ = read_reviews(str(file))
+    assert sum(map(len, reviews.values())) == 100
+
+
 def test_no_columns_are_proposed_where_several_could_be_meant(tmp_path):
     rows = [{"title": f"a {n}", "body": f"b {n}", "kind": n % 2} for n in range(100)]
     write_file(tmp_path / "mail.csv", rows)
